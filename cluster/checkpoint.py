@@ -1,0 +1,110 @@
+"""A Hugging Face checkpoint folder: its config.json, the files that go beside an artifact, and its digest.
+
+Nothing in a checkpoint is ever executed: no trust_remote_code, no pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cluster.digests import stream_sha256
+from cluster.errors import CheckpointError
+from cluster.families import FAMILIES, FamilyName
+from cluster.isa import available_cores
+from cluster.weights import open_binary, weight_files
+
+CONFIG_FILE = "config.json"
+# What transformers reads to tokenize and generate: everything an engine may want beside the binary.
+COMPANION_FILES = (
+    CONFIG_FILE,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+class PlanningFolder(NamedTuple):
+    """A folder to plan from, and the sha256 of the files in it of which only the beginning is real."""
+
+    folder: Path
+    sha256: Mapping[str, str]
+
+
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """config.json. Raises CheckpointError for what is no checkpoint folder."""
+    if not checkpoint.is_dir():
+        raise CheckpointError(
+            f"{checkpoint}: not a folder; allowed is a Hugging Face checkpoint folder (config.json, weights, tokenizer)"
+        )
+    path = checkpoint / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{checkpoint}: not a checkpoint: it has no {CONFIG_FILE}")
+    return read_json_object(path)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: found a JSON {type(value).__name__}, allowed is an object")
+    return value
+
+
+def companion_files(checkpoint: Path) -> tuple[str, ...]:
+    """The names of the files that go beside the binary, as far as the checkpoint has them."""
+    return tuple(name for name in COMPANION_FILES if (checkpoint / name).is_file())
+
+
+def check_family(checkpoint: Path, config: dict[str, Any], family: FamilyName) -> None:
+    """Raises CheckpointError where config.json describes another family's model; the message says which fits."""
+    row = FAMILIES[family]
+    architectures, found = config.get("architectures"), config.get("model_type")
+    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
+    if names:
+        fits = next((f.name for f in FAMILIES.values() if set(names) & set(f.architectures)), None)
+        described, allowed = f"architectures: found {', '.join(names)}", row.architectures
+    else:
+        fits = next((f.name for f in FAMILIES.values() if found in f.model_types), None)
+        described, allowed = f"model_type: found {found!r}", row.model_types
+    if fits == family:
+        return
+    advice = f"this is family {fits}: convert it as that" if fits else "no family of nibble fits this checkpoint"
+    raise CheckpointError(
+        f"{checkpoint / CONFIG_FILE}: {described}; family {family} allows {', '.join(allowed)}; {advice}"
+    )
+
+
+def checkpoint_digest(checkpoint: Path, known_sha256: Mapping[str, str] | None = None) -> str:
+    """sha256 over the name, length and sha256 of every file that a conversion uses. The first half of an artifact's
+    content address: two checkpoints with the same content have the same digest, in whatever folder or on the Hub.
+    `known_sha256`: of files that need not be read, by name."""
+    read_config(checkpoint)
+    known = known_sha256 or {}
+    names = (*companion_files(checkpoint), *weight_files(checkpoint))
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(available_cores()) as pool:
+        hashes = pool.map(lambda name: known.get(name) or file_sha256(checkpoint / name), names)
+        for name, sha256 in zip(names, hashes, strict=True):
+            digest.update(f"{name}\0{(checkpoint / name).stat().st_size}\0{sha256}\0".encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Of the content, read as a stream. Raises CheckpointError where the file cannot be read."""
+    with open_binary(path) as file:
+        return stream_sha256(file)

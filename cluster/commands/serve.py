@@ -1,0 +1,200 @@
+"""`nibble serve`: convert, publish, deploy, show a first answer of each model, and stay until Ctrl-C."""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import httpx
+from rich.console import Console
+
+from cluster.commands.generate import generate
+from cluster.commands.status import deployment_state, ray_serve, running, serve_deployments, waiting_cpus
+from cluster.config import ModelConfig, NibbleConfig
+from cluster.errors import ConfigError, NibbleError
+from cluster.families import FAMILIES
+from cluster.isa import available_cores
+from cluster.noted import noted
+from cluster.progress import ensure_artifacts
+from cluster.ray_cluster import CONVERSION_CPUS, joined_cluster, local_cluster
+from cluster.restoring import wanted_artifact
+
+POLL_S = 0.5
+ANSWER_TIMEOUT_S = 30
+FIRST_ANSWER_TOKENS = 64
+
+
+def serve(config: NibbleConfig, address: str | None, console: Console, verbose: bool = False) -> None:
+    """Returns after SIGINT or SIGTERM, with all that it started ended. Raises NibbleError for what cannot be served."""
+    say = console.print
+    check_access(config, address is not None, say)
+    with ExitStack() as stack:
+        try:
+            if address is None:
+                ray_address = stack.enter_context(local_cluster(local_cpus(config, say), verbose))
+            else:
+                ray_address = stack.enter_context(joined_cluster(address, verbose))
+            # After Ray has started, which takes SIGTERM for itself and then dies of it without ending its node.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            say(f"Ray cluster at {ray_address}")
+            wanted = [wanted_artifact(model) for model in config.models]
+            published = ensure_artifacts(wanted, config.artifacts, console)
+            if address is not None:  # a node of our own ends with all that runs on it
+                stack.callback(undeploy)
+            deploy(config, [artifact.manifest.artifact_id for artifact in published])
+            url, grpc_address = addresses(config)
+            stack.enter_context(noted(ray_address))
+            wait_ready(config, say)
+            wait_answering(url)
+            say(f"\nHTTP {url}  gRPC {grpc_address}")
+            greet(config, url, grpc_address, say)
+            say("\nCtrl-C ends it.")
+            signal.pause()
+        except KeyboardInterrupt:
+            # What was started must be ended, however often Ctrl-C is pressed.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            say("Stopping…")
+
+
+def check_access(config: NibbleConfig, joined: bool, say: Callable[[str], None]) -> None:
+    """Before anything is started. Raises ConfigError for a keys' file that cannot be used; warns where strangers can
+    ask without a key."""
+    from deployments.access import load_keys
+
+    host, keys_file = config.http.host, config.auth.api_keys_file
+    if keys_file is not None:
+        # In a cluster that is joined the file is on the router's node, which checks it too.
+        if (not joined or keys_file.exists()) and not load_keys(keys_file):
+            say(f"Warning: {keys_file} holds no key: every request will be refused.")
+    elif not is_loopback(host):
+        say(
+            f"Warning: http.host is {host} and auth.api_keys_file is not set:"
+            f" whoever reaches port {config.http.port} or {config.grpc.port} can use the models."
+        )
+    elif joined:
+        # Serve takes no host for gRPC: its proxies bind to [::], but for HAProxy, which takes that of HTTP.
+        say(
+            f"Warning: auth.api_keys_file is not set: whoever reaches port {config.grpc.port} of this cluster's nodes"
+            " can use the models, unless Ray was started with RAY_SERVE_ENABLE_HA_PROXY=1."
+        )
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def addresses(config: NibbleConfig) -> tuple[str, str]:
+    """Where HTTP (a URL) and gRPC are reached."""
+    host = f"[{config.http.host}]" if ":" in config.http.host else config.http.host
+    return f"http://{host}:{config.http.port}", f"{host}:{config.grpc.port}"
+
+
+def local_cpus(config: NibbleConfig, say: Callable[[str], None]) -> int:
+    """How many CPUs the local Ray node shall count: its cores, or more where the models ask for more.
+
+    Raises ConfigError for a model with more threads than this machine has cores.
+    """
+    cores = available_cores()
+    for index, model in enumerate(config.models):
+        if model.threads > cores:
+            raise ConfigError(
+                f"models[{index}].threads: found {model.threads}, this machine allows 1..{cores}"
+                " (its cores, or the cgroup's CPU quota)"
+            )
+    if config.threads <= cores:
+        return cores
+    say(
+        f"The models ask for {config.threads} threads in all, this machine has {cores} cores:"
+        " their replicas share the cores evenly."
+    )
+    return config.threads + CONVERSION_CPUS
+
+
+def deploy(config: NibbleConfig, artifact_ids: Sequence[str]) -> None:
+    """Starts Serve with nibble's ports where it does not run yet, and deploys the application."""
+    from deployments.app import APP_NAME, application, grpc_options
+
+    serve = ray_serve()
+    http = {"host": config.http.host, "port": config.http.port}
+    serve.start(http_options=http, grpc_options=grpc_options(config.grpc.port))
+    target = serve.RunTarget(application(config, artifact_ids), name=APP_NAME, route_prefix="/")
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+def undeploy() -> None:
+    """Only nibble's application: Serve may have others in a cluster that was joined."""
+    from deployments.app import APP_NAME
+
+    ray_serve().delete(APP_NAME)
+
+
+def wait_ready(config: NibbleConfig, say: Callable[[str], None]) -> None:
+    """Until every model has its smallest number of replicas; says each change, what does not fit included."""
+    said: dict[str, str] = {}
+    waiting = {model.name for model in config.models}
+    while waiting:
+        deployments, waiting_for_cpus = serve_deployments(), waiting_cpus()
+        for model in config.models:
+            status = deployments.get(model.name)
+            if status is None:
+                continue
+            if status.status == "DEPLOY_FAILED":
+                raise NibbleError(f"{model.name}: its replicas fail to start: {status.message}")
+            if running(status) >= model.replicas.min:
+                waiting.discard(model.name)
+            line = f"{model.name}: {deployment_state(status, model.threads, waiting_for_cpus)}"
+            if said.get(model.name) != line:
+                say(line)
+                said[model.name] = line
+        time.sleep(POLL_S)
+
+
+def wait_answering(url: str) -> None:
+    """Until the router knows of the replicas. Raises NibbleError where nothing of nibble's listens at `url`: Serve ran
+    in this cluster before, on another address."""
+    deadline = time.monotonic() + ANSWER_TIMEOUT_S
+    while True:
+        try:
+            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+                return
+            found = "it answers, but is not ready"
+        except httpx.HTTPError as error:
+            found = str(error)
+        if time.monotonic() > deadline:
+            raise NibbleError(f"{url}: {found}; does Serve listen on another host or port in this cluster?")
+        time.sleep(POLL_S)
+
+
+def greet(config: NibbleConfig, url: str, grpc_address: str, say: Callable[[str], None]) -> None:
+    """One line to copy for each way in, and a first answer of each model; without the answers where a key is needed,
+    which only its owner has."""
+    keys = config.auth.api_keys_file
+    header, variable = (' -H "Authorization: Bearer $NIBBLE_API_KEY"', "NIBBLE_API_KEY=… ") if keys else ("", "")
+    first = config.models[0]
+    prompt = demo_prompt(first)
+    say("\nTry it:")
+    say(
+        f"  curl {url}/v1/completions{header} -H 'Content-Type: application/json'"
+        f""" -d '{{"model": "{first.name}", "prompt": "{prompt}", "max_tokens": 64, "temperature": 0}}'"""
+    )
+    say(f"  {variable}nibble generate {first.name} '{prompt}' --grpc --url {grpc_address} --stream\n")
+    if keys:
+        say(f"Requests need an API key of {keys}, which `nibble serve` has none of: no first answers are shown.")
+        return
+    for model in config.models:
+        started = time.monotonic()
+        options = {"max_tokens": min(FIRST_ANSWER_TOKENS, model.context // 2), "temperature": 0}
+        answer = "".join(generate(url, model.name, demo_prompt(model), stream=False, options=options))
+        say(f"{model.name} ({time.monotonic() - started:.2f} s): {demo_prompt(model)}{answer}")
+
+
+def demo_prompt(model: ModelConfig) -> str:
+    return FAMILIES[model.family].demo_prompt

@@ -1,0 +1,212 @@
+"""The node cache: one folder an artifact, shared by all replicas of the node through mmap.
+
+    <cache_dir>/artifacts/<artifact_id>/{bigdl_llm_<family>_q4_0.bin, manifest.json, config.json, tokenizer files}
+
+A folder under its final name is whole: it is written beside it, verified, flushed and renamed in one step. A file
+lock lets one process of the node do that while the others wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from filelock import FileLock
+
+from cluster.digests import bytes_sha256, check_digest, file_sha256
+from cluster.errors import ArtifactError
+from cluster.manifest import MANIFEST_FILE, Manifest
+
+ReadChunk = Callable[[int], bytes | memoryview]
+
+
+class CachedArtifact:
+    """An artifact in the node cache, not evicted before `release` or the end of this process."""
+
+    def __init__(self, folder: Path, use_lock: int) -> None:
+        self.folder = folder
+        self._use_lock: int | None = use_lock
+
+    def release(self) -> None:
+        if self._use_lock is not None:
+            os.close(self._use_lock)
+            self._use_lock = None
+
+
+class NodeCache:
+    """`max_bytes`: what the artifacts of the node may take together; None is no bound. An artifact in use is never
+    evicted, so that a cache which is all in use exceeds it."""
+
+    def __init__(self, cache_dir: Path, max_bytes: int | None = None) -> None:
+        self.folder = cache_dir / "artifacts"
+        self._max_bytes = max_bytes
+
+    def fetch(self, manifest: Manifest, files: Mapping[str, bytes], read_chunk: ReadChunk) -> CachedArtifact:
+        """The artifact on this node, which is exactly what the manifest says.
+
+        `files`: content of the files beside the binary; `read_chunk(i)`: the bytes of chunk i, called only where this
+        node lacks the artifact or its copy is damaged (which is then replaced). Raises ArtifactError where the
+        content does not fit the manifest or cannot be written, and leaves nothing behind then.
+        """
+        with self.locked(manifest.artifact_id):
+            if not self.holds(manifest):
+                with Staging(self.folder, manifest.artifact_id) as staging:
+                    binary_sha256 = write_binary(staging / manifest.binary, manifest, read_chunk)
+                    write_files(staging, files)
+                    check_digest(f"{manifest.binary} of {manifest.artifact_id}", binary_sha256, manifest.sha256)
+                    self.admit(staging, manifest)
+            return self.use(manifest.artifact_id)
+
+    def cached(self, artifact_id: str) -> CachedArtifact | None:
+        """The artifact if this node has it undamaged, without anybody else being asked."""
+        with self.locked(artifact_id):
+            manifest = next((each for each in self.manifests() if each.artifact_id == artifact_id), None)
+            return self.use(artifact_id) if manifest is not None and self.holds(manifest) else None
+
+    def locked(self, artifact_id: str) -> FileLock:
+        """One process of the node at a time changes what is under an artifact's name."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / f"{artifact_id}.lock")
+
+    def admit(self, staging: Path, manifest: Manifest) -> None:
+        """Renames a complete staging folder to the artifact's name and makes room for it. Call under the lock."""
+        publish_folder(staging, self.folder / manifest.artifact_id, manifest)
+        self.evict(keep=manifest.artifact_id)
+
+    def use(self, artifact_id: str) -> CachedArtifact:
+        """Marks the artifact as used now, and as in use until the result is released. Call under the lock."""
+        folder = self.folder / artifact_id
+        use_lock = os.open(self.folder / f"{artifact_id}.use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fcntl.flock(use_lock, fcntl.LOCK_SH)
+        os.utime(folder, ns=(time.time_ns(),) * 2)  # the kernel's own clock for it ticks every few milliseconds
+        return CachedArtifact(folder, use_lock)
+
+    def evict(self, keep: str) -> None:
+        """Removes the least recently used artifacts, those in use and `keep` excepted, until the bound is kept."""
+        if self._max_bytes is None:
+            return
+        sizes = {m.artifact_id: folder_bytes(self.folder / m.artifact_id) for m in self.manifests()}
+        total = sum(sizes.values())
+        for artifact_id in sorted(sizes, key=lambda each: (self.folder / each).stat().st_mtime):
+            if total > self._max_bytes and artifact_id != keep and self.remove(artifact_id):
+                total -= sizes[artifact_id]
+
+    def remove(self, artifact_id: str) -> bool:
+        """Whether the artifact is gone; not while a process of the node uses it."""
+        use_lock = os.open(self.folder / f"{artifact_id}.use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(use_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Under another name first: a folder under its final name is whole.
+            with Staging(self.folder, artifact_id) as staging:
+                (self.folder / artifact_id).rename(staging / "removed")
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(use_lock)
+        return True
+
+    def manifests(self) -> list[Manifest]:
+        """Of the artifacts of this node; their bytes are not verified."""
+        found = []
+        for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
+            if folder.is_dir() and not folder.name.startswith("."):
+                # What cannot be read was damaged, or written by another version of nibble: fetched anew when needed.
+                with contextlib.suppress(OSError, ValueError):
+                    found.append(Manifest.read(folder))
+        return found
+
+    def holds(self, manifest: Manifest) -> bool:
+        """Whether this node has the artifact, undamaged. Reads it whole, which also warms the page cache for mmap."""
+        target = self.folder / manifest.artifact_id
+        try:
+            if Manifest.read(target) != manifest:
+                return False
+            expected = {**manifest.files, manifest.binary: manifest.sha256}
+            return all(file_sha256(target / name) == sha256 for name, sha256 in expected.items())
+        except (OSError, ValueError):
+            return False
+
+    def check_integrity(self) -> None:
+        """Raises ArtifactError where a folder under a final name is not whole, or a staging folder was left behind."""
+        for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
+            if folder.name.startswith("."):
+                raise ArtifactError(f"{folder}: left behind by a fetch that did not end")
+            if folder.is_dir() and not self.holds(Manifest.read(folder)):
+                raise ArtifactError(f"{folder}: does not fit its manifest; remove the folder, it is fetched again")
+
+
+class Staging:
+    """A folder to write an artifact in, on the file system of its final place; removed at the end if still there."""
+
+    def __init__(self, parent: Path, artifact_id: str) -> None:
+        parent.mkdir(parents=True, exist_ok=True)
+        self.path = Path(tempfile.mkdtemp(dir=parent, prefix=f".{artifact_id}."))
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *exc: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def write_binary(path: Path, manifest: Manifest, read_chunk: ReadChunk) -> str:
+    """Writes the chunks in order and verifies each; the file's sha256. Raises ArtifactError where a chunk is not what
+    the manifest says, or the file cannot be written (a full disk): what was written till then is of no use."""
+    whole = hashlib.sha256()
+    with written(path), path.open("wb") as file, ThreadPoolExecutor(2) as beside:
+        for index, chunk in enumerate(manifest.chunks):
+            data = read_chunk(index)
+            # The three passes over a chunk at once: together they are all of the time this takes.
+            passes = beside.submit(whole.update, data), beside.submit(file.write, data)
+            check_digest(f"chunk {index} of {manifest.artifact_id}", bytes_sha256(data), chunk.sha256)
+            for each in passes:
+                each.result()
+    return whole.hexdigest()
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        with written(folder / name):
+            (folder / name).write_bytes(content)
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(
+            f"{path.parent.parent}: cannot be written: {error.strerror}; free some space there"
+        ) from error
+
+
+def flush(path: Path) -> None:
+    """To the disk. Raises ArtifactError where there is no room for it."""
+    with written(path), path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def publish_folder(staging: Path, target: Path, manifest: Manifest) -> None:
+    """Flushes a complete staging folder and renames it to its final name; a damaged older one gives way. Call under
+    the lock."""
+    for name, sha256 in manifest.files.items():
+        check_digest(f"{name} of {manifest.artifact_id}", file_sha256(staging / name), sha256)
+    flush(staging / manifest.binary)
+    (staging / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1))
+    staging.chmod(0o755)  # mkdtemp's 0700 would shut out replicas of another user
+    if target.exists():
+        # A replica that has the old files mapped keeps them: removing a name does not remove a mapping.
+        shutil.rmtree(target)
+    os.replace(staging, target)
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())

@@ -1,0 +1,205 @@
+"""The plan of a conversion: from config.json, the tokenizer and the headers of the weights to every byte's place in the
+binary. Pure: it reads no weights and needs no Ray, and every refusal that can be made without weights is made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from cluster import ggml
+from cluster.checkpoint import check_family, companion_files, read_config
+from cluster.errors import CheckpointError, ConfigError
+from cluster.families import FAMILY_NAMES, FamilyName, family_named
+from cluster.hyperparameters import NO_ENGINE, Hyperparameters, read_hyperparameters
+from cluster.layouts import LAYOUTS, Layout, RowOrder, TensorRule, output_rows, tensor_rules
+from cluster.manifest import SHARD_BYTES, Quantization, Record, TensorEntry, TensorType
+from cluster.vocabulary import read_vocabulary
+from cluster.weights import TensorSource, require_convertible, weight_sources
+
+# Part of an artifact's content address: raise it whenever the same checkpoint would give other bytes.
+CONVERTER_VERSION = 1
+
+# bigdl-llm's own converter refuses bloom in 8 bits.
+_FAMILIES_OF: dict[str, tuple[FamilyName, ...]] = {
+    "q4_0": FAMILY_NAMES,
+    "q8_0": ("llama", "gptneox", "starcoder"),
+}
+
+
+class TensorPlan(TensorEntry):
+    """A tensor of the binary and how it is made: rows of `source`, taken in the order `rows`, rounded to fp16 first
+    where `rounded`. `header` is what precedes its data in the file."""
+
+    header: bytes
+    source: TensorSource
+    rows: RowOrder
+    heads: int
+    head_width: int
+    rounded: bool
+
+    @property
+    def start(self) -> int:
+        """Where its record begins in the file."""
+        return self.offset - len(self.header)
+
+
+class ShardPlan(Record):
+    """One task's work: the tensors [first, stop), which are the bytes [offset, offset + bytes) of the file. Shard 0
+    begins with the head."""
+
+    index: int
+    first: int
+    stop: int
+    offset: int
+    bytes: int
+
+
+class ConversionPlan(Record):
+    """Everything a conversion task needs besides the weights themselves. `head` is magic, hyperparameters and
+    vocabulary; `bytes` the size of the whole binary; `files` the names of what goes beside it."""
+
+    family: FamilyName
+    quantization: Quantization
+    checkpoint: str
+    head: bytes
+    tensors: tuple[TensorPlan, ...]
+    bytes: int
+    shards: tuple[ShardPlan, ...]
+    files: tuple[str, ...]
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """The tensor table of the manifest."""
+        return tuple(
+            TensorEntry(name=t.name, type=t.type, shape=t.shape, offset=t.offset, bytes=t.bytes) for t in self.tensors
+        )
+
+
+def plan_conversion(
+    checkpoint: Path, family: FamilyName, quantization: Quantization = "q4_0", shard_bytes: int = SHARD_BYTES
+) -> ConversionPlan:
+    """Raises CheckpointError, naming the file or field, for a checkpoint that cannot be converted or that the family's
+    runtime would compute wrongly; ConfigError for an unknown family or quantization and a shard of less than a byte."""
+    family_named(family)
+    _check_quantization(family, quantization)
+    if shard_bytes < 1:
+        raise ConfigError(f"shard_bytes: found {shard_bytes}, allowed is 1 or more")
+    config = read_config(checkpoint)
+    check_family(checkpoint, config, family)
+    model = read_hyperparameters(checkpoint, config, family, quantization)
+    sources = _base_sources(weight_sources(checkpoint), LAYOUTS[family])
+    rules = _checked_rules(checkpoint, family, model, sources)
+    container = ggml.CONTAINERS[family]
+    head = ggml.pack_head(container, model.header, read_vocabulary(checkpoint, family, model.vocabulary))
+    tensors = tuple(_place_tensors(container, quantization, rules, sources, model, start=len(head)))
+    size = tensors[-1].offset + tensors[-1].bytes
+    return ConversionPlan(
+        family=family,
+        quantization=quantization,
+        checkpoint=str(checkpoint),
+        head=head,
+        tensors=tensors,
+        bytes=size,
+        shards=tuple(_cut_shards(tensors, size, shard_bytes)),
+        files=companion_files(checkpoint),
+    )
+
+
+def _check_quantization(family: FamilyName, quantization: str) -> None:
+    families = _FAMILIES_OF.get(quantization)
+    if families is None:
+        raise ConfigError(f"quantization: found {quantization!r}, allowed are {', '.join(_FAMILIES_OF)}")
+    if family not in families:
+        allowed = ", ".join(kind for kind in _FAMILIES_OF if family in _FAMILIES_OF[kind])
+        raise ConfigError(
+            f"quantization: found {quantization}, family {family} allows {allowed}; {quantization} is for"
+            f" {', '.join(families)}"
+        )
+
+
+def _base_sources(sources: dict[str, TensorSource], layout: Layout) -> dict[str, TensorSource]:
+    """By names without the base model's prefix: checkpoints saved from the base model alone do not have it."""
+    return {name.removeprefix(layout.prefix): source for name, source in sources.items()}
+
+
+def _checked_rules(
+    checkpoint: Path, family: FamilyName, model: Hyperparameters, sources: dict[str, TensorSource]
+) -> list[TensorRule]:
+    """The family's rules, every one of which has the tensor it needs; and no tensor is left that none needs."""
+    rules = []
+    for rule in tensor_rules(family, model):
+        source = sources.get(rule.source)
+        if source is None:
+            raise CheckpointError(
+                f"{checkpoint}: tensor {rule.source} is missing; a {family} model of {model.layers} layers has it:"
+                " download the checkpoint again"
+            )
+        require_convertible(source)
+        if source.shape != rule.source_shape:
+            raise CheckpointError(
+                f"{checkpoint / source.file}: tensor {source.name} has shape {list(source.shape)}, allowed is"
+                f" {list(rule.source_shape)} by config.json"
+            )
+        if rule.type == "quantized" and rule.source_shape[1] % ggml.BLOCK_WEIGHTS:
+            raise CheckpointError(
+                f"{checkpoint / source.file}: tensor {source.name} has rows of {rule.source_shape[1]} weights, allowed"
+                f" are multiples of {ggml.BLOCK_WEIGHTS}, the weights in a block; {NO_ENGINE}"
+            )
+        rules.append(rule)
+    _refuse_unused(checkpoint, family, {rule.source for rule in rules}, sources)
+    return rules
+
+
+def _refuse_unused(checkpoint: Path, family: FamilyName, used: set[str], sources: dict[str, TensorSource]) -> None:
+    """A weight that would be left out (a bias, an adapter, one more layer) means that the model is another than the
+    runtime would compute."""
+    layout = LAYOUTS[family]
+    unused = [n for n in sources if n not in used and n != layout.output and not layout.ignored.fullmatch(n)]
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        raise CheckpointError(
+            f"{checkpoint}: tensors {', '.join(sorted(unused)[:3])}{more} have no place in a {family} model as"
+            f" config.json describes it; {NO_ENGINE}"
+        )
+
+
+def _place_tensors(
+    container: ggml.Container,
+    quantization: Quantization,
+    rules: Iterable[TensorRule],
+    sources: dict[str, TensorSource],
+    model: Hyperparameters,
+    start: int,
+) -> Iterator[TensorPlan]:
+    for rule in rules:
+        rows = len(output_rows(rule.rows, model.heads, model.head_width, rule.source_shape[0]))
+        shape = (rows, *rule.source_shape[1:])
+        kind: TensorType = quantization if rule.type == "quantized" else "f32"
+        header = ggml.pack_record_header(container, rule.name, kind, shape, start)
+        tensor = TensorPlan(
+            name=rule.name,
+            type=kind,
+            shape=shape,
+            offset=start + len(header),
+            bytes=ggml.data_bytes(kind, shape),
+            header=header,
+            source=sources[rule.source],
+            rows=rule.rows,
+            heads=model.heads,
+            head_width=model.head_width,
+            rounded=rule.rounded,
+        )
+        yield tensor
+        start = tensor.offset + tensor.bytes
+
+
+def _cut_shards(tensors: tuple[TensorPlan, ...], size: int, shard_bytes: int) -> Iterator[ShardPlan]:
+    """Whole tensors in file order, as many as fit in `shard_bytes`, at least one."""
+    index, first, offset = 0, 0, 0
+    for stop in range(1, len(tensors) + 1):
+        end = size if stop == len(tensors) else tensors[stop].start
+        full = stop == len(tensors) or tensors[stop].offset + tensors[stop].bytes - offset > shard_bytes
+        if full:
+            yield ShardPlan(index=index, first=first, stop=stop, offset=offset, bytes=end - offset)
+            index, first, offset = index + 1, stop, end

@@ -1,0 +1,105 @@
+"""The composition root: one Serve application with the router as ingress and one deployment a model.
+
+`build` serves `nibble serve`, `serve deploy` and a RayService alike:
+
+    applications: [{name: nibble, import_path: deployments.app:build, args: {models: […]}}]
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from cluster.config import ROUTER_NAME, ArtifactsConfig, ModelConfig, NibbleConfig, parse_config
+from cluster.progress import ensure_artifacts
+from cluster.restoring import Wanted, wanted_artifact
+from deployments.access import Access, load_keys
+from deployments.calls import Calls
+from deployments.families import FAMILY_DEPLOYMENTS
+from deployments.grpc_api import SERVICER_FUNCTIONS, GrpcApi
+from deployments.http_api import build_http_api
+from deployments.kserve_api import KserveApi
+from deployments.router import Router
+from deployments.serve_model import ServeModel, watch_readiness
+
+APP_NAME = "nibble"
+
+
+def http_api() -> FastAPI:
+    """Called by Serve inside the router's replica; the ingress exists when the first request asks for it."""
+
+    def ingress() -> Ingress:
+        return serve.get_replica_context().servable_object  # type: ignore[no-any-return]
+
+    return build_http_api(lambda: ingress().router, lambda: ingress().calls)
+
+
+@serve.ingress(http_api)
+class Ingress(GrpcApi, KserveApi):
+    """`config`: its models are those of `handles`, in their order."""
+
+    def __init__(self, config: NibbleConfig, *handles: DeploymentHandle) -> None:
+        models = [ServeModel(model, handle) for model, handle in zip(config.models, handles, strict=True)]
+        self.router = Router({model.config.name: model for model in models}, config.limits)
+        self.calls = Calls(Access(config.auth), config.logging)
+        self._configs = list(config.models)
+        self._watch = asyncio.get_running_loop().create_task(watch_readiness(APP_NAME, models))
+
+    async def configs(self) -> list[ModelConfig]:
+        """For `nibble status`: also of the models that have no replica to ask."""
+        return self._configs
+
+
+def model_deployment(model: ModelConfig, wanted: Wanted, artifacts: ArtifactsConfig) -> Any:
+    """A model's deployment: replicas of its family's class, each reserving as many CPUs as it has threads."""
+    replicas, queue = model.replicas, model.queue
+    return (
+        serve.deployment(FAMILY_DEPLOYMENTS[model.family])
+        .options(
+            name=model.name,
+            ray_actor_options={"num_cpus": model.threads},
+            max_ongoing_requests=queue.max_ongoing,
+            max_queued_requests=queue.max_queued,
+            autoscaling_config={
+                "min_replicas": replicas.min,
+                "max_replicas": replicas.max,
+                "target_ongoing_requests": replicas.target_ongoing_requests,
+            },
+        )
+        .bind(model, wanted, artifacts)
+    )
+
+
+def application(config: NibbleConfig, artifact_ids: Sequence[str]) -> Any:
+    """The application of models whose artifacts are published already, `artifact_ids` in the order of the models: a
+    replica then only fetches, and needs no CPU but its own."""
+    # The router computes little, but a request holds a slot of it to its end: those a model may hold or queue.
+    slots = sum(m.queue.max_queued + m.queue.max_ongoing * m.replicas.max for m in config.models)
+    ingress = serve.deployment(Ingress).options(
+        name=ROUTER_NAME, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=slots + 100
+    )
+    deployments = [
+        model_deployment(model, wanted_artifact(model).model_copy(update={"artifact_id": id}), config.artifacts)
+        for model, id in zip(config.models, artifact_ids, strict=True)
+    ]
+    return ingress.bind(config, *deployments)
+
+
+def build(args: dict[str, Any]) -> Any:
+    """`args`: the configuration as in the YAML file. Raises ConfigError. `http:` and `grpc:` belong to Serve's own
+    http_options and grpc_options there."""
+    config = parse_config(args, "args")
+    if config.auth.api_keys_file is not None:
+        load_keys(config.auth.api_keys_file)  # a mistake in it is told now
+    published = ensure_artifacts([wanted_artifact(model) for model in config.models], config.artifacts)
+    return application(config, [artifact.manifest.artifact_id for artifact in published])
+
+
+def grpc_options(port: int) -> dict[str, Any]:
+    """Serve's gRPC options for nibble's services, reflection on."""
+    return {"port": port, "grpc_servicer_functions": list(SERVICER_FUNCTIONS), "enable_reflection": True}

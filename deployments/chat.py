@@ -1,0 +1,98 @@
+"""Conversations: the messages of a chat request, and how a model's template makes one text of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from jinja2 import TemplateError
+
+from cluster.errors import InvalidRequestError
+from cluster.families import FAMILIES, FamilyName
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Message:
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    messages: tuple[Message, ...]  # at least one
+
+
+class Transcript(NamedTuple):
+    """The plain template of models that bring none: a line (or more) a message behind its role's label; the last line
+    is the assistant's label, without the space after it, which is a part of the next word's token. `stops` are what a
+    model writes when it goes on with somebody else's turn."""
+
+    system: str
+    user: str
+    assistant: str
+    stops: tuple[str, ...]
+
+    def render(self, conversation: Conversation) -> str:
+        labels = {"system": self.system, "user": self.user, "assistant": self.assistant}
+        lines = [f"{labels[message.role]} {message.content}".lstrip(" ") for message in conversation.messages]
+        return "\n".join([*lines, self.assistant])
+
+
+# What a family's models without a template know best: gptneox's as RedPajama-INCITE-Chat's model card has it,
+# starcoder's as the Tech Assistant prompt (bigcode/ta-prompt), bloom's as bloomz' tasks of questions and answers, and
+# for llama's base models a transcript that speaks for itself. Only llama's has a label for system messages.
+TRANSCRIPTS: dict[FamilyName, Transcript] = {
+    "llama": Transcript("System:", "User:", "Assistant:", ("\nUser:", "\nSystem:")),
+    "gptneox": Transcript("", "<human>:", "<bot>:", ("\n<human>:",)),
+    "bloom": Transcript("", "Question:", "Answer:", ("\nQuestion:",)),
+    "starcoder": Transcript("", "Human:", "Assistant:", ("\nHuman:", "\n-----")),
+}
+
+
+class ChatTemplate:
+    """A tokenizer's own chat template, or its family's transcript.
+
+    A template is code from the checkpoint: transformers runs it in Jinja's immutable sandbox, where it reaches neither
+    Python's internals nor files. It could still loop without end or fill the memory: as the weights, it is the
+    operator's choice. Special tokens that a message spells out become special tokens, as in a plain prompt.
+    """
+
+    def __init__(self, tokenizer: Any, config: dict[str, Any]) -> None:
+        """`tokenizer` is one of `transformers`, `config` its model's config.json."""
+        self._tokenizer = tokenizer
+        self._transcript = TRANSCRIPTS[_family(config)] if tokenizer.chat_template is None else None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Strings to stop at besides the request's own; none for a model that was taught to end its turns."""
+        return () if self._transcript is None else self._transcript.stops
+
+    def render(self, conversation: Conversation) -> str:
+        """The text that the assistant's next message follows. Raises InvalidRequestError where the template does."""
+        if self._transcript is not None:
+            return self._transcript.render(conversation)
+        messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise InvalidRequestError(
+                f"messages: the model's chat template refuses them: {error}", field="messages"
+            ) from error
+        return str(text)
+
+    def wrote_bos(self, text: str) -> bool:
+        """Whether `text`, as rendered, begins with the BOS token, as templates that want one do by convention."""
+        bos = self._tokenizer.bos_token
+        return self._transcript is None and bool(bos) and text.startswith(bos)
+
+
+def _family(config: dict[str, Any]) -> FamilyName:
+    """As config.json tells; llama for what it leaves open, as that transcript suits any model."""
+    names = config.get("architectures") or ()
+    for family in FAMILIES.values():
+        if any(name in family.architectures for name in names):
+            return family.name
+    found = config.get("model_type")
+    return next((family.name for family in FAMILIES.values() if found in family.model_types), "llama")

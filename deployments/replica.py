@@ -1,0 +1,73 @@
+"""One Serve replica: one engine with a fixed number of threads, on cores of its own, running one artifact."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from cluster.artifact_store import fetch_artifact
+from cluster.config import ArtifactsConfig, ModelConfig
+from cluster.errors import EngineError
+from cluster.families import FamilyName
+from cluster.isa import available_cores
+from cluster.restoring import Wanted
+from deployments.chat import Conversation
+from deployments.cores import CoreClaim, claim_cores
+from deployments.engines.base import Engine
+from deployments.engines.bigdl import BigdlEngine
+from deployments.generation import GenerationChunk, GenerationRequest, Prompt, embed_text, generate_text
+from deployments.text import Tokenizer
+
+
+def load_engine(model: ModelConfig, folder: Path, cores: tuple[int, ...] | None) -> Engine:
+    """The one place that knows which class runs which `engine:`."""
+    return BigdlEngine(folder, threads=model.threads, context=model.context, cores=cores, isa=model.isa)
+
+
+def own_cores(folder: Path, threads: int) -> CoreClaim | None:
+    """None where a CPU quota is smaller than the affinity mask: the container then shares its cores with others that
+    nibble cannot see, and pinning would crowd them all on the first ones."""
+    cores = os.sched_getaffinity(0)
+    return claim_cores(folder, threads, cores) if available_cores() == len(cores) else None
+
+
+class Replica:
+    """Base of the family deployments (`deployments/families.py`); Serve runs one instance a replica."""
+
+    family: ClassVar[FamilyName]
+
+    async def __init__(self, model: ModelConfig, wanted: Wanted, artifacts: ArtifactsConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        if model.family != self.family:
+            raise EngineError(f"{model.name}: family {model.family} cannot run in the {self.family} deployment")
+        if model.threads > available_cores():
+            raise EngineError(
+                f"{model.name}: threads: found {model.threads}, this node allows 1..{available_cores()}"
+                " (its cores, or the cgroup's CPU quota)"
+            )
+        # Kept, not released: the node's cache evicts nothing that a replica has mapped.
+        self._artifact = await fetch_artifact(wanted, artifacts)
+        folder = self._artifact.folder
+        self._claim = own_cores(artifacts.cache_dir / "cores", model.threads)
+        self._engine = load_engine(model, folder, self._claim.cores if self._claim else None)
+        self._tokenizer = Tokenizer(folder)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+        async for chunk in generate_text(self._engine, self._tokenizer, request):
+            yield chunk
+
+    async def tokenize(self, text: str | Conversation, add_special_tokens: bool) -> tuple[int, ...]:
+        if isinstance(text, Conversation):
+            return self._tokenizer.encode_conversation(text)
+        return self._tokenizer.encode(text, add_special_tokens)
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, self._engine.vocab_size)
+
+    async def embed(self, prompt: Prompt, max_tokens: int | None) -> tuple[list[float], int]:
+        return await embed_text(self._engine, self._tokenizer, prompt, max_tokens)
+
+    async def info(self) -> dict[str, str | int | float]:
+        cores = ",".join(map(str, self._claim.cores)) if self._claim else "any"
+        return {**self._engine.info(), "pid": os.getpid(), "cores": cores}

@@ -1,0 +1,1 @@
+"""The wire contract. `inference_pb2*` are generated from inference.proto: `make protos` writes, CI checks them."""

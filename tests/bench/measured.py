@@ -1,0 +1,95 @@
+"""Runs a command and measures it with all its descendants: wall time, peak memory, bytes written to disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SAMPLE_S = 0.1
+SAMPLES_A_SUM = 5  # to sum proportional memory takes the kernel milliseconds of a core
+PROC = Path("/proc")
+
+
+@dataclass
+class Measured:
+    """Bytes and seconds. `peak` is the greatest sum of the processes' proportional memory (a page that n of them share
+    counts 1/n in each); `largest` the greatest memory of one process while its title held `title`, without what lies
+    in Ray's object store; `written` what went to files on disks, whether or not they were deleted later."""
+
+    seconds: float = 0.0
+    peak: int = 0
+    largest: int = 0
+    written: int = 0
+    output: str = ""
+    _written_by: dict[int, int] = field(default_factory=dict)
+
+
+def measure(command: Sequence[str], environment: dict[str, str], cwd: Path, title: str) -> Measured:
+    """Raises RuntimeError with the command's output where it fails."""
+    result, started = Measured(), time.perf_counter()
+    child = subprocess.Popen(
+        command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    known = {child.pid}
+    count = 0
+    while child.poll() is None:
+        known |= descendants(known)
+        _sample(known, title, result, with_sum=count % SAMPLES_A_SUM == 0)
+        count += 1
+        time.sleep(SAMPLE_S)
+    result.seconds = time.perf_counter() - started
+    assert child.stdout is not None
+    result.output = child.stdout.read()
+    result.written = sum(result._written_by.values())
+    if child.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}: {result.output[-2000:]}")
+    return result
+
+
+def descendants(known: set[int]) -> set[int]:
+    """Of processes seen before, too: they may have ended and left theirs behind."""
+    parents = {}
+    for process in PROC.glob("[0-9]*"):
+        try:
+            parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue  # it ended meanwhile
+    found: set[int] = set()
+    while new := {pid for pid, parent in parents.items() if parent in known | found} - found:
+        found |= new
+    return found
+
+
+def _sample(pids: set[int], title: str, result: Measured, with_sum: bool) -> None:
+    memory = 0
+    for pid in pids:
+        try:
+            if with_sum:
+                memory += _field(pid, "smaps_rollup", "Pss:") * 1024
+            result._written_by[pid] = _field(pid, "io", "write_bytes:")
+            if title in (PROC / str(pid) / "cmdline").read_text():
+                own = _field(pid, "status", "RssAnon:") + _field(pid, "status", "RssFile:")
+                result.largest = max(result.largest, own * 1024)
+        except OSError:
+            continue
+    result.peak = max(result.peak, memory)
+
+
+def _field(pid: int, file: str, name: str) -> int:
+    for line in (PROC / str(pid) / file).read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1])
+    return 0
+
+
+def read_once(folder: Path) -> None:
+    """So that every measured run finds the files in memory, as far as there is room."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            while file.read(1 << 24):
+                pass

@@ -1,0 +1,42 @@
+"""Fixtures for the tests that ask a Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub.utils import close_session
+
+from tests.hub_lookalike import HubLookalike
+from tests.unit.hub_client import point_at
+
+
+@pytest.fixture
+def hub_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of its own for huggingface_hub, whose constants were read when it was imported."""
+    home = tmp_path / "hub-home"
+    home.mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    return home
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What nibble and huggingface_hub would wait before they try again, without the waiting."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    return waited
+
+
+@pytest.fixture
+def hub(hub_home: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> Iterator[HubLookalike]:
+    with HubLookalike() as served:
+        point_at(served, monkeypatch)
+        yield served
+    close_session()

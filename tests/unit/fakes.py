@@ -1,0 +1,74 @@
+"""A served model without Ray or an engine: it echoes, so that HTTP and gRPC can be tested on their own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+
+from cluster.config import ModelConfig
+from cluster.errors import InvalidRequestError
+from deployments.chat import Conversation
+from deployments.generation import GenerationChunk, GenerationRequest, LoggedToken
+
+
+class EchoModel:
+    """Answers with the words of the prompt (of a conversation's last message), one a chunk, each a token; raises
+    `error` before word `error_at`, waits `delay_s` before the first. Every token has log probability -0.5 and, at its
+    place, token 0 with -1."""
+
+    def __init__(self, name: str = "echo", ready: bool = True) -> None:
+        self.config = ModelConfig(name=name, family="llama", checkpoint="builtin:llama")
+        self.is_ready = ready
+        self.error: Exception | None = None
+        self.error_at = 0
+        self.delay_s = 0.0
+        self.requests: list[GenerationRequest] = []
+        self.closed = 0
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+        self.requests.append(request)
+        words = prompt_words(request.prompt)
+        prompt_tokens = len(words)
+        if request.echo:
+            words = words + words
+        try:
+            await asyncio.sleep(self.delay_s)
+            offset = 0
+            for index, word in enumerate(words):
+                if self.error is not None and index == self.error_at:
+                    raise self.error
+                last = index == len(words) - 1
+                text = word + " "
+                logged = LoggedToken(index, text.encode(), -0.5, ((0, b"zero", -1.0),)[: request.logprobs], offset)
+                offset += len(text)
+                yield GenerationChunk(
+                    text=text,
+                    token_ids=(index,),
+                    finish_reason="stop" if last else None,
+                    prompt_tokens=prompt_tokens,
+                    completion_tokens=index + 1,
+                    logprobs=(logged,) if request.logprobs is not None else (),
+                )
+        finally:
+            self.closed += 1
+
+    async def tokenize(self, text: str | Conversation, add_special_tokens: bool) -> list[int]:
+        return [1] * add_special_tokens + [len(word) for word in prompt_words(text)]
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        return " ".join("x" * id for id in ids)
+
+    async def embed(self, prompt: str | tuple[int, ...], max_tokens: int | None) -> tuple[list[float], int]:
+        words = prompt_words(prompt)
+        if "unembeddable" in words:
+            raise InvalidRequestError("model: this model gives no embeddings", "model")
+        return [0.5, -1.0, float(len(words))], len(words)
+
+
+def prompt_words(prompt: str | tuple[int, ...] | Conversation) -> list[str]:
+    if isinstance(prompt, Conversation):
+        prompt = prompt.messages[-1].content
+    return prompt.split() if isinstance(prompt, str) else [f"t{id}" for id in prompt]

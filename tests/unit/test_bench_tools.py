@@ -1,0 +1,41 @@
+"""The benchmark's own parts: a checkpoint it makes can be converted, and what it measures is there."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.families import FAMILY_NAMES, FamilyName
+from cluster.plan import plan_conversion
+from cluster.shard import convert_shard
+from cluster.weights import weight_files
+from tests.bench.make_checkpoint import write_checkpoint
+from tests.bench.measured import measure
+from tests.random_checkpoint import Shape
+
+LAYERS = {"llama": 26, "gptneox": 16, "bloom": 2, "starcoder": 2}
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_a_made_checkpoint_converts(family: FamilyName, tmp_path: Path) -> None:
+    wide = 192 if family == "llama" else 256
+    write_checkpoint(tmp_path / "made", Shape(family, layers=LAYERS[family], feed_forward=wide), files=3)
+    assert len(weight_files(tmp_path / "made")) == 4
+    plan = plan_conversion(tmp_path / "made", family)
+    assert convert_shard(plan, 0).size == plan.bytes
+
+
+def test_memory_and_writes_of_descendants_are_measured(tmp_path: Path) -> None:
+    inner = "import os, time; x = bytes(200_000_000); f = open('out', 'wb'); f.write(x[:50_000_000]); f.flush();"
+    inner += "os.fsync(f.fileno()); y = bytearray(b'1') * 200_000_000; print('done'); time.sleep(1.5)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}, 'marked'], check=True)"
+    run = measure([sys.executable, "-c", outer], dict(os.environ), tmp_path, "marked")
+    assert run.output == "done\n"
+    assert run.peak > 200e6
+    assert run.largest > 200e6
+    assert run.seconds > 0.5
+    with pytest.raises(RuntimeError, match=r"ended with 3: said"):
+        measure([sys.executable, "-c", "print('said'); raise SystemExit(3)"], dict(os.environ), tmp_path, "x")

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cluster import isa as isa_module
+from cluster.errors import EngineError
+from cluster.families import FAMILY_NAMES
+from cluster.isa import ISA_NAMES, REQUIRED_FLAGS, Isa, available_cores, best_isa, choose_isa, cpu_flags, library_path
+
+# What Linux shows of the features that matter, by processor.
+HASWELL = {"avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe", "sse4_2"}
+SKYLAKE_SERVER = HASWELL | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}
+CASCADE_LAKE = SKYLAKE_SERVER | {"avx512_vnni"}
+ZEN_4 = CASCADE_LAKE | {"avx512_bf16", "avx512_vbmi", "sse4a"}
+ALDER_LAKE = HASWELL | {"avx_vnni"}
+SAPPHIRE_RAPIDS = CASCADE_LAKE | {"avx_vnni", "amx_tile", "amx_int8", "amx_bf16"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (SAPPHIRE_RAPIDS, "amx"),
+        (SAPPHIRE_RAPIDS - {"amx_int8"}, "avx512"),
+        (ZEN_4, "avx512"),
+        (CASCADE_LAKE, "avx512"),
+        (SKYLAKE_SERVER, "avx2"),
+        (ALDER_LAKE, "avxvnni"),
+        (HASWELL, "avx2"),
+        (HASWELL - {"fma"}, "avx"),
+        ({"avx", "sse4_2"}, "avx"),
+    ],
+)
+def test_the_fastest_build_that_the_flags_allow_is_taken(flags: set[str], expected: Isa) -> None:
+    assert best_isa(frozenset(flags)) == expected
+
+
+def test_a_cpu_without_avx_is_refused() -> None:
+    with pytest.raises(EngineError, match="AVX"):
+        best_isa(frozenset({"sse4_2"}))
+
+
+def test_a_wish_is_granted_where_its_flags_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa_module, "cpu_flags", lambda: frozenset(SKYLAKE_SERVER))
+    assert choose_isa("avx") == "avx"
+    assert choose_isa() == "avx2"
+    with pytest.raises(EngineError, match=r"avx512 needs the CPU flags avx512_vnni.*leave isa out to use avx2"):
+        choose_isa("avx512")
+
+
+def test_every_build_is_in_the_wheel_for_every_family() -> None:
+    assert tuple(REQUIRED_FLAGS) == ISA_NAMES
+    for family in FAMILY_NAMES:
+        for isa in ISA_NAMES:
+            assert library_path(family, isa).is_file()
+
+
+def test_flags_are_read_from_this_cpu() -> None:
+    assert len(cpu_flags()) > 10
+    assert best_isa(cpu_flags()) in ISA_NAMES
+
+
+def test_a_cpu_quota_below_the_affinity_mask_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)))
+
+    def with_quota(text: str) -> int:
+        monkeypatch.setattr(Path, "read_text", lambda _path: text)
+        return available_cores()
+
+    assert with_quota("max 100000\n") == 8
+    assert with_quota("250000 100000\n") == 2
+    assert with_quota("50000 100000\n") == 1
+    assert with_quota("1600000 100000\n") == 8
+    assert with_quota("what\n") == 8
