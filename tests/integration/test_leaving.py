@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import httpx
@@ -64,17 +66,20 @@ def wait_logged(served: Served, request_id: str) -> dict[str, Any]:
 def test_a_client_that_closes_its_connection_stops_the_engine(served: Served, counters: Ask, stream: bool) -> None:
     before = counters("two")
     id = f"leaves-{stream}"
-    with httpx.Client(timeout=0.7) as client:
-        request = client.build_request(
-            "POST", f"{served.http}/v1/completions", json=body("two", stream=stream), headers={"X-Request-Id": id}
-        )
+    fields = body("two", stream=stream)
+    with closing(http.client.HTTPConnection(served.http.removeprefix("http://"), timeout=TIMEOUT_S)) as connection:
+        # The body in a packet of its own, which is where HAProxy may fail to notice the end.
+        connection.putrequest("POST", "/v1/completions")
+        content = json.dumps(fields).encode()
+        for name, value in (("Content-Length", str(len(content))), ("X-Request-Id", id)):
+            connection.putheader(name, value)
+        connection.endheaders()
+        time.sleep(0.1)
+        connection.send(content)
         if stream:
-            response = client.send(request, stream=True)
-            next(response.iter_lines())
-            response.close()
+            connection.getresponse().readline()
         else:
-            with pytest.raises(httpx.ReadTimeout):
-                client.send(request)
+            until(counters, "two", lambda now: now["requests"] == before["requests"] + 1)
     after = until(counters, "two", lambda now: now["cancelled"] == before["cancelled"] + 1)
     assert after["generated_tokens"] - before["generated_tokens"] < TOKENS
     assert wait_logged(served, id)["status"] == 499
