@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import shlex
@@ -11,6 +10,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 
 import ray
@@ -20,14 +20,22 @@ from cluster.artifact_store import NAMESPACE
 from cluster.errors import ConfigError
 from cluster.isa import available_cores
 
+# From these the router's replicas take theirs; one that ended keeps its port for a while.
+REPLICA_PORTS = 32
 CONVERSION_CPUS = 1  # kept free of replicas on an overcommitted node, so that later conversions can run
 
 
 def serve_environment(folder: Path) -> dict[str, str]:
     """What every process of a cluster that nibble starts has in its environment. HAProxy as ingress and the
-    throughput-optimized mode cut a streamed token's cost from 0.70 to 0.20 ms; HAProxy's files stay in `folder` and
-    its two extra ports are free ones, so that clusters on one machine do not meet."""
-    metrics_port, stats_port = free_ports(2)
+    throughput-optimized mode cut a streamed token's cost from 0.70 to 0.20 ms; HAProxy's files stay in `folder`, and
+    all ports behind it are free ones, so that clusters on one machine do not meet.
+
+    They would: Ray 2.60 passes gRPC's option so_reuseport as a string, which gRPC ignores, so that the replicas of
+    two clusters can listen on the same port, 40000, and the kernel gives each some of the other's requests, whatever
+    keys they ask for.
+    """
+    metrics_port, stats_port, fallback_http_port, fallback_grpc_port = free_ports(4)
+    first_grpc_port = free_block(REPLICA_PORTS)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -39,6 +47,10 @@ def serve_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http_port),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc_port),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first_grpc_port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first_grpc_port + REPLICA_PORTS),
         # That mode would keep up to 1000 lines of the request log in memory, and lose them with the process.
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
         # Nothing stands behind a local node to move its traffic to: replicas need not linger at the end.
@@ -126,14 +138,32 @@ def joined_cluster(address: str, verbose: bool = False) -> Iterator[str]:
         ray.shutdown()
 
 
+# Nothing picks from these by itself: the kernel gives 32768 and more to whoever asks for any port, Ray's workers take
+# 10002 to 19999, Serve's replicas 30000 to 31000.
+UNCLAIMED_PORTS = range(20_000, 30_000)
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, out of a range that nothing picks from by itself: the kernel gives 32768 and
-    more to whoever asks for any port, Ray's workers take 10002 to 19999, Serve's replicas 30000 to 31000."""
-    ports: list[int] = []
-    for port in random.sample(range(20_000, 30_000), 10_000):
-        if len(ports) == count:
-            break
-        with socket.socket(socket.AF_INET) as probe, contextlib.suppress(OSError):
+    """Ports that were free a moment ago."""
+    shuffled = random.sample(UNCLAIMED_PORTS, len(UNCLAIMED_PORTS))
+    return list(islice(filter(is_free, shuffled), count))
+
+
+def free_block(count: int) -> int:
+    """The first of so many consecutive ports that were free a moment ago. Raises ConfigError where there are none."""
+    starts = UNCLAIMED_PORTS[::count][:-1]
+    for first in random.sample(starts, len(starts)):
+        if all(is_free(port) for port in range(first, first + count)):
+            return first
+    raise ConfigError(
+        f"found no {count} consecutive free ports in {UNCLAIMED_PORTS.start} to {UNCLAIMED_PORTS.stop - 1}"
+    )
+
+
+def is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET) as probe:
+        try:
             probe.bind(("", port))
-            ports.append(port)
-    return ports
+        except OSError:
+            return False
+    return True

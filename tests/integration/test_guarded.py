@@ -60,7 +60,9 @@ def test_serve_says_how_to_send_a_key(guarded: Guarded) -> None:
     assert guarded.key not in guarded.served.output
 
 
-def test_only_a_key_opens_the_door_over_http_and_grpc(guarded: Guarded) -> None:
+def test_only_a_key_opens_the_door_over_http_and_grpc(guarded: Guarded, served: Served) -> None:
+    # While a cluster without keys runs beside this one.
+    assert httpx.get(f"{served.http}/readyz", timeout=60).status_code == 200
     assert guarded.post(guarded.key).status_code == 200
     for wrong in (None, "nbl-wrong", guarded.key[:-1]):
         refused = guarded.post(wrong)
