@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import ObjectLostError
 
 from cluster.checkpoint import checkpoint_digest
 from cluster.config import ArtifactsConfig
@@ -33,7 +32,7 @@ CHECK_COMMAND = (sys.executable, "-m", "deployments.engines.check")
 CHECK_TIMEOUT_S = 900
 CHECK_THREADS = 2  # for a second or two more than the CPU its task reserves
 
-TASK_RETRIES = 6  # on the loss of a worker or a node; an error the task raised itself is final
+TASK_RETRIES = 3  # on the loss of a worker or a node; an error the task raised itself is final
 
 
 class ShardReport(Record):
@@ -74,8 +73,7 @@ def shard_task(plan: ConversionPlan, index: int) -> tuple[Any, ShardReport]:
     return data, ShardReport(entry=entry, node=ray.util.get_node_ip_address())
 
 
-# Ray makes a lost chunk again, but the task that happens to read it meanwhile may be told that it is lost.
-@ray.remote(num_cpus=1, max_retries=TASK_RETRIES, retry_exceptions=[ObjectLostError])
+@ray.remote(num_cpus=1, max_retries=TASK_RETRIES)
 def check_task(draft: Manifest, files: dict[str, bytes], chunks: Sequence[Any], config: ArtifactsConfig) -> Manifest:
     """Assembles the artifact on this node, runs it in a child process and keeps it in the node cache if it is sound.
 

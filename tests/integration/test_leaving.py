@@ -66,11 +66,10 @@ def wait_logged(served: Served, request_id: str) -> dict[str, Any]:
 def test_a_client_that_closes_its_connection_stops_the_engine(served: Served, counters: Ask, stream: bool) -> None:
     before = counters("two")
     id = f"leaves-{stream}"
-    fields = body("two", stream=stream)
+    content = json.dumps(body("two", stream=stream)).encode()
     with closing(http.client.HTTPConnection(served.http.removeprefix("http://"), timeout=TIMEOUT_S)) as connection:
         # The body in a packet of its own, which is where HAProxy may fail to notice the end.
         connection.putrequest("POST", "/v1/completions")
-        content = json.dumps(fields).encode()
         for name, value in (("Content-Length", str(len(content))), ("X-Request-Id", id)):
             connection.putheader(name, value)
         connection.endheaders()

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.artifact_store import ConversionProgress, store_handle
 from cluster.config import ArtifactsConfig
 from cluster.node_cache import NodeCache
 from cluster.plan import plan_conversion
+from cluster.restoring import on_node
 from cluster.shard import convert_shard
 from tests.integration.converting import wanted
 from tests.integration.processes import sandbox
@@ -59,11 +59,15 @@ def test_a_node_lost_in_the_middle_of_a_conversion_is_made_good(nodes: Cluster, 
     checkpoint = write_random_checkpoint(tmp_path / "model", Shape("bloom", width=1024, heads=16, layers=10))
     config = ArtifactsConfig(cache_dir=tmp_path / "cache", shard_size=1 << 20)
     store = store_handle()
-    store_address = ray.get(store.__ray_call__.remote(lambda self: ray.util.get_node_ip_address()))
+    store_address, store_node = ray.get(
+        store.__ray_call__.remote(
+            lambda self: (ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id())
+        )
+    )
     may_be_lost = {node.node_ip_address: node for node in nodes.worker_nodes if node.node_ip_address != store_address}
-    store_node = ray.get(store.__ray_call__.remote(lambda self: ray.get_runtime_context().get_node_id()))
+    request = wanted(checkpoint)
 
-    @ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(store_node, soft=False))
+    @ray.remote(num_cpus=0)
     def ask_and_read() -> tuple[str, str]:
         """The artifact's digest as it was published, and that of its chunks. In a worker, as a replica asks: in a test
         run's process, which has had several clusters, Ray 2.60 may take the driver for dead when a node is lost, and
@@ -72,8 +76,7 @@ def test_a_node_lost_in_the_middle_of_a_conversion_is_made_good(nodes: Cluster, 
         data = b"".join(bytes(ray.get(chunk)) for chunk in published.chunks)
         return published.manifest.sha256, hashlib.sha256(data).hexdigest()
 
-    request = wanted(checkpoint)
-    asked = ask_and_read.remote()
+    asked = on_node(ask_and_read, store_node).remote()
     lost, progress = first_to_make_a_shard(set(may_be_lost))
     assert progress.bytes_done < progress.bytes  # what the node has made is counted, and there is more to make
     nodes.remove_node(may_be_lost[lost], allow_graceful=False)
