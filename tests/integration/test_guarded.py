@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from deployments.client import NibbleClient
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceStub
 from tests.integration.processes import Served, sandbox, serving
+from tests.integration.request_log import router_logs, wait_logged
 
 CONFIG = """
 auth: {api_keys_file: KEYS}
@@ -117,13 +117,10 @@ def test_each_request_has_one_id_and_one_log_line_without_its_text(guarded: Guar
     body = {"model": "bloom", "prompt": "a secret prompt", "max_tokens": 4}
     answer = httpx.post(f"{guarded.served.http}/v1/completions", json=body, headers=headers, timeout=60)
     assert answer.headers.get_list("x-request-id") == ["from-the-test"]
-    logs = [path.read_text() for path in guarded.served.sandbox.ray_tmpdir.rglob("replica_nibble_router_*.log")]
-    lines = [line for text in logs for line in text.splitlines() if '"from-the-test"' in line]
-    record = json.loads(lines[0][lines[0].index("{") :])
-    assert len(lines) == 1
+    record = wait_logged(guarded.served, "from-the-test")
     assert (record["status"], record["key"], record["model"]) == (200, "alice", "bloom")
     assert record["completion_tokens"] == answer.json()["usage"]["completion_tokens"]
-    assert not any("secret prompt" in text or guarded.key in text for text in logs)
+    assert not any("secret prompt" in text or guarded.key in text for text in router_logs(guarded.served))
 
 
 def test_a_fuzzer_finds_no_server_error_and_no_violation_of_the_schema(guarded: Guarded, tmp_path: Path) -> None:

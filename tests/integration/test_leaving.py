@@ -17,6 +17,7 @@ import pytest
 from cluster.ray_cluster import free_ports
 from tests.integration.counters import Ask, counters_of, until
 from tests.integration.processes import Served, sandbox, serving
+from tests.integration.request_log import wait_logged
 
 # One request at a time, and room in the context for some seconds of text.
 CONFIG = """
@@ -43,23 +44,6 @@ def counters(served: Served) -> Iterator[Ask]:
 
 def body(model: str, **fields: Any) -> dict[str, Any]:
     return {"model": model, "prompt": "Q: What is CPU? A:", "max_tokens": TOKENS, "ignore_eos": True, **fields}
-
-
-def logged(served: Served, request_id: str) -> dict[str, Any] | None:
-    """The log's line of a request, once there is one."""
-    for path in served.sandbox.ray_tmpdir.rglob("replica_nibble_router_*.log"):
-        for line in path.read_text().splitlines():
-            if f'"request_id": "{request_id}"' in line:
-                return dict(json.loads(line[line.index("{") :]))
-    return None
-
-
-def wait_logged(served: Served, request_id: str) -> dict[str, Any]:
-    deadline = time.monotonic() + TIMEOUT_S
-    while (line := logged(served, request_id)) is None:
-        assert time.monotonic() < deadline, f"no log line of {request_id}"
-        time.sleep(0.1)
-    return line
 
 
 @pytest.mark.parametrize("stream", [True, False])
