@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import ray
@@ -77,8 +79,9 @@ class ArtifactStore:
 
     async def ensure(self, wanted: Wanted, config: ArtifactsConfig) -> Published:
         """The artifact of a checkpoint: as published before, else from the durable copy, else from a node's cache, else
-        converted now. Who asks meanwhile waits for the same. Raises CheckpointError, ConversionError or, where the
-        durable copy cannot be written, ArtifactError."""
+        converted now. Who asks meanwhile waits for the same. Raises CheckpointError, also before anything is read
+        for what the wanted engine cannot run; ConversionError; or, where the durable copy cannot be written,
+        ArtifactError."""
         with raised_here():
             # By its address, or by the name of a Hub repository, an artifact is found without its checkpoint, which may
             # lie on a Hub that is down; but a folder's content may have changed under its name.
@@ -93,11 +96,15 @@ class ArtifactStore:
     async def _remembered(self, wanted: Wanted, config: ArtifactsConfig) -> Published | None:
         for published in self._published.values():
             if wanted.is_met_by(published.manifest):
+                if not wanted.runs(published.manifest):
+                    wanted.refuse(published.manifest, await published.files)
                 return published
         return await self._restored(wanted, config)
 
     async def _planned(self, wanted: Wanted, config: ArtifactsConfig) -> Published:
-        planned: PlannedConversion = await plan_task.remote(wanted.source, wanted.family, wanted.quantization, config)
+        planned: PlannedConversion = await plan_task.remote(
+            wanted.source, wanted.family, wanted.quantization, config, wanted.engine
+        )
         artifact_id = planned.artifact_id
         if artifact_id in self._published:
             return self._published[artifact_id]
@@ -122,9 +129,9 @@ class ArtifactStore:
         manifest = await find_durable.remote(uri, wanted) if uri is not None else None
         if manifest is None:
             return None
-        chunks = [durable_chunk.remote(uri, manifest, i) for i in range(len(manifest.chunks))]
+        read = partial(durable_chunk.remote, uri, manifest)
         try:
-            return await self._whole(manifest, chunks, durable_files.remote(uri, manifest))
+            return await self._whole(wanted, manifest, read, durable_files.remote(uri, manifest))
         except RayTaskError as error:
             if not isinstance(nibble_cause(error), ArtifactError):
                 raise
@@ -136,15 +143,19 @@ class ArtifactStore:
         found = [on_node(find_cached, node).remote(config, wanted) for node in nodes]
         for node, manifest in zip(nodes, await asyncio.gather(*found, return_exceptions=True), strict=True):
             if isinstance(manifest, Manifest):
-                read = on_node(cached_chunk, node)
-                chunks = [read.remote(config, manifest, i) for i in range(len(manifest.chunks))]
+                read = partial(on_node(cached_chunk, node).remote, config, manifest)
+                files = on_node(cached_files, node).remote(config, manifest)
                 # A node that dies or evicts meanwhile is as good as one that never had it.
                 with contextlib.suppress(RayError):
-                    return await self._whole(manifest, chunks, on_node(cached_files, node).remote(config, manifest))
+                    return await self._whole(wanted, manifest, read, files)
         return None
 
-    async def _whole(self, manifest: Manifest, chunks: list[Any], files: Any) -> Published:
-        """Published once all of it was read. `chunks`: pairs of a chunk and its entry. Raises what a task raised."""
+    async def _whole(self, wanted: Wanted, manifest: Manifest, read: Callable[[int], Any], files: Any) -> Published:
+        """Published once all of it was read. `read` begins to read a chunk and gives it and its entry as a pair. Raises
+        what a task raised, and CheckpointError, before it reads any, for what the wanted engine cannot run."""
+        if not wanted.runs(manifest):
+            wanted.refuse(manifest, await files)
+        chunks = [read(index) for index in range(len(manifest.chunks))]
         await asyncio.gather(files, *(entry for _, entry in chunks))
         return self._publish(Published(manifest, [chunk for chunk, _ in chunks], files))
 

@@ -9,7 +9,7 @@ import yaml
 from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 
 from cluster.errors import ConfigError
-from cluster.families import FAMILY_NAMES, FamilyName
+from cluster.families import FAMILY_NAMES, EngineName, FamilyName
 from cluster.isa import Isa
 from cluster.manifest import SHARD_BYTES, Quantization, Record
 
@@ -140,7 +140,7 @@ class ModelConfig(Record):
     name: ModelName
     family: FamilyName
     checkpoint: Annotated[str, Field(min_length=1)]
-    engine: Literal["bigdl"] = "bigdl"
+    engine: EngineName = "bigdl"
     quantization: QuantizationName = "int4"
     isa: Isa | None = None
     threads: Annotated[int, Field(ge=1, le=1024)] = 2

@@ -18,7 +18,8 @@ from cluster.checkpoint import checkpoint_digest
 from cluster.config import ArtifactsConfig
 from cluster.digests import bytes_sha256
 from cluster.errors import ConversionError
-from cluster.families import FamilyName
+from cluster.families import EngineName, FamilyName
+from cluster.hyperparameters import require_engine
 from cluster.isa import available_cores
 from cluster.manifest import MANIFEST_FILE, ChunkEntry, Manifest, Quantization, Record, binary_name
 from cluster.node_cache import NodeCache, Staging, flush, write_binary, write_files
@@ -50,12 +51,13 @@ class PlannedConversion(NamedTuple):
 
 @ray.remote(num_cpus=0, max_retries=TASK_RETRIES)
 def plan_task(
-    source: str, family: FamilyName, quantization: Quantization, config: ArtifactsConfig
+    source: str, family: FamilyName, quantization: Quantization, config: ArtifactsConfig, engine: EngineName | None
 ) -> PlannedConversion:
-    """Every refusal of a checkpoint happens here, before a weight is read."""
+    """Every refusal of a checkpoint happens here, before a weight is read; also of one that `engine` cannot run."""
     opened = open_source(source)
     with opened.planning() as (checkpoint, sha256):
         plan = plan_conversion(checkpoint, family, quantization, config.shard_size)
+        require_engine(engine, plan.obstacles)
         files = {name: (checkpoint / name).read_bytes() for name in plan.files}
         address = f"{checkpoint_digest(checkpoint, sha256)} {family} {quantization} {CONVERTER_VERSION}"
     plan = plan.model_copy(update={"checkpoint": opened.pinned})
@@ -119,6 +121,7 @@ def draft_manifest(source: str, planned: PlannedConversion, chunks: Sequence[Chu
         converter_version=CONVERTER_VERSION,
         family=plan.family,
         quantization=plan.quantization,
+        engines=plan.engines,
         source=source,
         binary=binary_name(plan.family, plan.quantization),
         bytes=plan.bytes,

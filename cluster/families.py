@@ -1,4 +1,5 @@
-"""The families nibble serves, one row each: everything that is known of a family before a checkpoint is opened."""
+"""The families nibble serves, one row each: everything that is known of a family before a checkpoint is opened; and the
+engines that run them."""
 
 from __future__ import annotations
 
@@ -8,6 +9,10 @@ from cluster.errors import ConfigError
 
 FamilyName = Literal["llama", "gptneox", "bloom", "starcoder"]
 FAMILY_NAMES: tuple[FamilyName, ...] = get_args(FamilyName)
+
+# The order is that of preference where any will do.
+EngineName = Literal["bigdl", "openvino"]
+ENGINE_NAMES: tuple[EngineName, ...] = get_args(EngineName)
 
 
 class Family(NamedTuple):
@@ -19,7 +24,13 @@ class Family(NamedTuple):
 
 
 FAMILIES: dict[FamilyName, Family] = {
-    "llama": Family("llama", ("LlamaForCausalLM",), ("llama",), "decapoda-research/llama-7b-hf", "Q: What is CPU? A:"),
+    "llama": Family(
+        "llama",
+        ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"),
+        ("llama", "mistral", "qwen2"),
+        "decapoda-research/llama-7b-hf",
+        "Q: What is CPU? A:",
+    ),
     "gptneox": Family(
         "gptneox",
         ("GPTNeoXForCausalLM",),

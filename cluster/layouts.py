@@ -91,20 +91,21 @@ def _llama(model: Hyperparameters) -> Iterator[TensorRule]:
     def norm(name: str, source: str) -> TensorRule:
         return TensorRule(f"{name}.weight", f"{source}.weight", (model.width,), "f32", rounded=False)
 
+    def projection(name: str, source: str, shape: tuple[int, int], rows: RowOrder, bias: bool) -> Iterator[TensorRule]:
+        yield matrix(name, source, shape, rows)
+        if bias:
+            yield TensorRule(f"{name}.bias", f"{source}.bias", shape[:1], "f32", rows, rounded=False)
+
+    repeated: RowOrder = "as_is" if grouped == square else "repeat_heads"
     yield matrix("tok_embeddings", "embed_tokens", embedding)
     yield norm("norm", "norm")
     yield matrix("output", "embed_tokens" if model.tied else "lm_head", embedding)
     for i in range(model.layers):
-        layer = f"layers.{i}"
-        yield matrix(f"{layer}.attention.wq", f"{layer}.self_attn.q_proj", square, "interleave_halves")
-        yield matrix(f"{layer}.attention.wk", f"{layer}.self_attn.k_proj", grouped, "interleave_halves")
-        yield matrix(
-            f"{layer}.attention.wv",
-            f"{layer}.self_attn.v_proj",
-            grouped,
-            "as_is" if grouped == square else "repeat_heads",
-        )
-        yield matrix(f"{layer}.attention.wo", f"{layer}.self_attn.o_proj", square)
+        layer, ours, theirs = f"layers.{i}", f"layers.{i}.attention", f"layers.{i}.self_attn"
+        yield from projection(f"{ours}.wq", f"{theirs}.q_proj", square, "interleave_halves", model.attention_bias)
+        yield from projection(f"{ours}.wk", f"{theirs}.k_proj", grouped, "interleave_halves", model.attention_bias)
+        yield from projection(f"{ours}.wv", f"{theirs}.v_proj", grouped, repeated, model.attention_bias)
+        yield from projection(f"{ours}.wo", f"{theirs}.o_proj", square, "as_is", model.output_bias)
         yield norm(f"{layer}.attention_norm", f"{layer}.input_layernorm")
         yield matrix(f"{layer}.feed_forward.w1", f"{layer}.mlp.gate_proj", wide)
         yield matrix(f"{layer}.feed_forward.w2", f"{layer}.mlp.down_proj", wide[::-1])

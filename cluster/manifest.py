@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from cluster.families import FamilyName
+from cluster.families import EngineName, FamilyName
 
 Quantization = Literal["q4_0", "q8_0"]
 TensorType = Literal["f32", "q4_0", "q8_0"]
@@ -45,12 +45,14 @@ class ChunkEntry(Record):
 
 class Manifest(Record):
     """`artifact_id` addresses the content: checkpoint digest, converter version and quantization. `files` maps the
-    name of each file beside the binary (config.json, the tokenizer's) to its sha256."""
+    name of each file beside the binary (config.json, the tokenizer's) to its sha256. `engines`: those that can run
+    it, at least one."""
 
     artifact_id: str
     converter_version: int
     family: FamilyName
     quantization: Quantization
+    engines: tuple[EngineName, ...]
     source: str
     binary: str
     bytes: int

@@ -9,15 +9,17 @@ from pathlib import Path
 
 from cluster import ggml
 from cluster.checkpoint import check_family, companion_files, read_config
+from cluster.config_fields import NO_ENGINE
 from cluster.errors import CheckpointError, ConfigError
-from cluster.families import FAMILY_NAMES, FamilyName, family_named
-from cluster.hyperparameters import NO_ENGINE, Hyperparameters, read_hyperparameters
+from cluster.families import FAMILY_NAMES, EngineName, FamilyName, family_named
+from cluster.hyperparameters import Hyperparameters, read_hyperparameters
 from cluster.layouts import LAYOUTS, Layout, RowOrder, TensorRule, output_rows, tensor_rules
 from cluster.manifest import SHARD_BYTES, Quantization, Record, TensorEntry, TensorType
 from cluster.vocabulary import read_vocabulary
 from cluster.weights import TensorSource, require_convertible, weight_sources
 
-# Part of an artifact's content address: raise it whenever the same checkpoint would give other bytes.
+# Part of an artifact's content address: raise it whenever the same checkpoint would give other bytes,
+# or other engines would run them.
 CONVERTER_VERSION = 1
 
 # bigdl-llm's own converter refuses bloom in 8 bits.
@@ -57,7 +59,8 @@ class ShardPlan(Record):
 
 class ConversionPlan(Record):
     """Everything a conversion task needs besides the weights themselves. `head` is magic, hyperparameters and
-    vocabulary; `bytes` the size of the whole binary; `files` the names of what goes beside it."""
+    vocabulary; `bytes` the size of the whole binary; `files` the names of what goes beside it. `engines` can run the
+    result, each of the others has an obstacle, the text of an error."""
 
     family: FamilyName
     quantization: Quantization
@@ -67,6 +70,8 @@ class ConversionPlan(Record):
     bytes: int
     shards: tuple[ShardPlan, ...]
     files: tuple[str, ...]
+    engines: tuple[EngineName, ...]
+    obstacles: tuple[tuple[EngineName, str], ...]
 
     @property
     def entries(self) -> tuple[TensorEntry, ...]:
@@ -79,8 +84,8 @@ class ConversionPlan(Record):
 def plan_conversion(
     checkpoint: Path, family: FamilyName, quantization: Quantization = "q4_0", shard_bytes: int = SHARD_BYTES
 ) -> ConversionPlan:
-    """Raises CheckpointError, naming the file or field, for a checkpoint that cannot be converted or that the family's
-    runtime would compute wrongly; ConfigError for an unknown family or quantization and a shard of less than a byte."""
+    """Raises CheckpointError, naming the file or field, for a checkpoint that cannot be converted or that no engine
+    would compute rightly; ConfigError for an unknown family or quantization and a shard of less than a byte."""
     family_named(family)
     _check_quantization(family, quantization)
     if shard_bytes < 1:
@@ -103,6 +108,8 @@ def plan_conversion(
         bytes=size,
         shards=tuple(_cut_shards(tensors, size, shard_bytes)),
         files=companion_files(checkpoint),
+        engines=model.engines,
+        obstacles=model.obstacles,
     )
 
 
@@ -152,8 +159,8 @@ def _checked_rules(
 
 
 def _refuse_unused(checkpoint: Path, family: FamilyName, used: set[str], sources: dict[str, TensorSource]) -> None:
-    """A weight that would be left out (a bias, an adapter, one more layer) means that the model is another than the
-    runtime would compute."""
+    """A weight that would be left out (a bias, an adapter, one more layer) means that the model is another than an
+    engine would compute."""
     layout = LAYOUTS[family]
     unused = [n for n in sources if n not in used and n != layout.output and not layout.ignored.fullmatch(n)]
     if unused:

@@ -106,5 +106,5 @@ def describe(published: Published) -> str:
     manifest = published.manifest
     return (
         f"published {manifest.source}: {manifest.family} {manifest.quantization}, {manifest.bytes / 1e6:.1f} MB in"
-        f" {len(manifest.chunks)} chunk(s), artifact {manifest.artifact_id}"
+        f" {len(manifest.chunks)} chunk(s), artifact {manifest.artifact_id}, for engine {' or '.join(manifest.engines)}"
     )

@@ -19,12 +19,15 @@ STUBS = tuple(f"{name}{ending}" for name in PROTOS for ending in ("_pb2.py", "_p
 # No Ray below these: pure planning and conversion, files, engines and the router's one path run and are tested without.
 RAY_FREE = (
     "cluster/checkpoint.py",
+    "cluster/config_fields.py",
     "cluster/ggml.py",
     "cluster/hub.py",
     "cluster/hub_requests.py",
+    "cluster/hyperparameters.py",
     "cluster/layouts.py",
     "cluster/plan.py",
     "cluster/quantize.py",
+    "cluster/rotary.py",
     "cluster/shard.py",
     "cluster/torch_weights.py",
     "cluster/sources.py",

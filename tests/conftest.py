@@ -33,6 +33,7 @@ def convert_here(checkpoint: Path, family: FamilyName, folder: Path, quantizatio
         converter_version=CONVERTER_VERSION,
         family=family,
         quantization=plan.quantization,
+        engines=plan.engines,
         source=str(checkpoint),
         binary=binary,
         bytes=len(data),

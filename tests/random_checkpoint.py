@@ -7,7 +7,6 @@ machine; tests/reference/digests.json relies on it.
 from __future__ import annotations
 
 import json
-import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cluster.byte_level import BYTE_OF_CHARACTER
 from cluster.families import FAMILIES, FamilyName
 from cluster.hyperparameters import read_hyperparameters
 from cluster.layouts import LAYOUTS, tensor_rules
+from tests.random_tokenizer import TokenizerKind, byte_level_tokenizer, sentencepiece_model, tokenizer_files
 
 # Tensors of (type, shape, data) by name.
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
@@ -38,6 +37,8 @@ class Shape(NamedTuple):
     type: str = "F16"
     config: tuple[tuple[str, Any], ...] = ()
     seed: int = 0
+    architecture: str | None = None  # of config.json, the family's first where None
+    tokenizer: TokenizerKind | None = None  # None: a llama has sentencepiece's model, the others a byte-level BPE
 
 
 # One checkpoint a line of what the converter does differently; digests.json has llm_convert's result for each. They are
@@ -69,6 +70,92 @@ SHAPES: dict[str, Shape] = {
     "starcoder": Shape("starcoder", layers=3, tokens=290, seed=12),
     "starcoder-wide": Shape("starcoder", width=192, heads=6, layers=1, type="F32", seed=13),
     "starcoder-bf16": Shape("starcoder", layers=1, type="BF16", seed=14),
+}
+
+_LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+# What engine openvino alone runs. Feed-forwards are no first multiple (llama) or not four times the width.
+OPENVINO_SHAPES: dict[str, Shape] = {
+    "llama3": Shape(
+        "llama",
+        width=128,
+        heads=8,
+        layers=3,
+        vocabulary=320,
+        feed_forward=448,
+        type="BF16",
+        config=(
+            ("num_key_value_heads", 2),
+            ("rope_theta", 500000.0),
+            ("rope_scaling", _LLAMA3_SCALING),
+            ("rms_norm_eps", 1e-5),
+            ("tie_word_embeddings", True),
+            ("bos_token_id", 315),
+            ("eos_token_id", [316, 319]),
+        ),
+        seed=21,
+        tokenizer="llama3",
+    ),
+    "llama-biases": Shape(
+        "llama",
+        layers=2,
+        feed_forward=192,
+        type="F32",
+        config=(("attention_bias", True), ("rms_norm_eps", 1e-4), ("rope_scaling", {"type": "linear", "factor": 4.0})),
+        seed=22,
+    ),
+    "llama-one-head": Shape("llama", heads=1, layers=2, feed_forward=192, seed=23),
+    "mistral": Shape(
+        "llama",
+        width=128,
+        heads=4,
+        layers=2,
+        feed_forward=448,
+        type="BF16",
+        config=(("num_key_value_heads", 2), ("rms_norm_eps", 1e-5), ("sliding_window", 16)),
+        seed=24,
+        architecture="MistralForCausalLM",
+        tokenizer="mistral",
+    ),
+    "qwen2": Shape(
+        "llama",
+        width=128,
+        heads=4,
+        layers=3,
+        vocabulary=384,
+        tokens=330,
+        feed_forward=320,
+        type="BF16",
+        config=(
+            ("num_key_value_heads", 2),
+            ("rope_theta", 1000000.0),
+            ("bos_token_id", 327),
+            ("eos_token_id", 329),
+            ("use_sliding_window", False),
+            ("sliding_window", 32),
+            ("tie_word_embeddings", True),
+        ),
+        seed=25,
+        architecture="Qwen2ForCausalLM",
+        tokenizer="qwen2",
+    ),
+    "gptneox-shallow": Shape(
+        "gptneox",
+        layers=3,
+        feed_forward=192,
+        config=(("rotary_emb_base", 1000000), ("layer_norm_eps", 1e-6), ("hidden_act", "gelu_new")),
+        seed=26,
+    ),
+    "bloom-epsilon": Shape("bloom", layers=2, config=(("layer_norm_epsilon", 1e-6),), seed=27),
+    "starcoder-epsilon": Shape(
+        "starcoder", layers=2, feed_forward=128, config=(("layer_norm_epsilon", 1e-6),), seed=28
+    ),
 }
 
 
@@ -136,7 +223,9 @@ def write_safetensors(path: Path, tensors: Tensors) -> None:
 
 def model_config(shape: Shape) -> dict[str, Any]:
     family = FAMILIES[shape.family]
-    common = {"architectures": [family.architectures[0]], "model_type": family.model_types[0]}
+    architecture = shape.architecture or family.architectures[0]
+    model_type = family.model_types[family.architectures.index(architecture)]
+    common: dict[str, Any] = {"architectures": [architecture], "model_type": model_type}
     common |= {"vocab_size": shape.vocabulary, "bos_token_id": 1, "eos_token_id": 2}
     wide = shape.feed_forward or 4 * shape.width
     if shape.family == "bloom":
@@ -153,56 +242,14 @@ def model_config(shape: Shape) -> dict[str, Any]:
 
 def write_tokenizer(folder: Path, shape: Shape) -> None:
     tokens = shape.tokens or shape.vocabulary
-    if shape.family == "llama":
+    if shape.tokenizer is not None:
+        for name, content in tokenizer_files(shape.tokenizer, tokens).items():
+            (folder / name).write_text(json.dumps(content))
+    if shape.family == "llama" and shape.tokenizer in (None, "mistral"):
         (folder / "tokenizer.model").write_bytes(sentencepiece_model(tokens))
         added = {f"<added_{i}>": i for i in range(tokens, shape.vocabulary)}
         if added:
             (folder / "added_tokens.json").write_text(json.dumps(added))
-        return
-    (folder / "tokenizer.json").write_text(json.dumps(byte_level_tokenizer(tokens)))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-
-
-def byte_level_tokenizer(tokens: int) -> dict[str, Any]:
-    """tokenizer.json of a byte-level BPE with `tokens` ids: one special, the 256 bytes, then merges."""
-    characters = sorted(BYTE_OF_CHARACTER, key=BYTE_OF_CHARACTER.__getitem__)
-    pieces, merges = ["<|endoftext|>", *characters], []
-    for left in characters:
-        for right in characters[97:123]:
-            if len(pieces) < tokens:
-                pieces.append(left + right)
-                merges.append([left, right])
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return {
-        "version": "1.0",
-        "added_tokens": [{"id": 0, "content": pieces[0], **special}],
-        "pre_tokenizer": byte_level,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(pieces[:tokens])}, "merges": merges},
-    }
-
-
-def sentencepiece_model(tokens: int) -> bytes:
-    """A sentencepiece BPE model, written as the protocol buffer it is: <unk>, <s>, </s>, the 256 bytes, then words."""
-    normal, unknown, control, byte = 1, 2, 3, 6
-    pieces = [("<unk>", 0.0, unknown), ("<s>", 0.0, control), ("</s>", 0.0, control)]
-    pieces += [(f"<0x{i:02X}>", 0.0, byte) for i in range(256)]
-    pieces += [(f"\u2581w{i}\u00e9", -1.5 * i, normal) for i in range(tokens - len(pieces))]
-    body = b""
-    for text, score, kind in pieces[:tokens]:
-        piece = _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + b"\x18" + _varint(kind)
-        body += _field(1, piece)
-    trainer = b"\x18\x02" + _varint(35 << 3) + b"\x01"  # model_type = BPE, byte_fallback = true
-    return body + _field(2, trainer) + _field(3, _field(1, b"identity"))
-
-
-def _field(number: int, content: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
-
-
-def _varint(value: int) -> bytes:
-    out = b""
-    while value > 127:
-        out, value = out + bytes([value & 127 | 128]), value >> 7
-    return out + bytes([value])
+    if shape.family != "llama":
+        (folder / "tokenizer.json").write_text(json.dumps(byte_level_tokenizer(tokens)))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))

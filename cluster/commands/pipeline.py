@@ -53,7 +53,8 @@ def load(family: FamilyName, source: str, threads: int, console: Console) -> tup
     """Converts on a local Ray node, which is gone again when the engine loads: all cores are then the engine's."""
     config = ArtifactsConfig()
     with local_cluster(available_cores()):
-        (published,) = ensure_artifacts([Wanted(source=source, family=family, quantization="q4_0")], config, console)
+        wanted = Wanted(source=source, family=family, quantization="q4_0", engine="bigdl")
+        (published,) = ensure_artifacts([wanted], config, console)
         folder = fetch_published(published, config).folder
     return BigdlEngine(folder, threads=threads, context=CONTEXT), Tokenizer(folder)
 

@@ -153,9 +153,13 @@ def _check_finite(numbers: Floats, count: int) -> None:
 
 
 def load_model(folder: Path, threads: int, context: int, isa: Isa, quiet: bool = True) -> CachedModel:
-    """Loads the artifact in `folder`. Raises ArtifactError for files that do not fit the manifest, EngineError for a
-    context that the model has not and for what the library refuses."""
+    """Loads the artifact in `folder`. Raises ArtifactError for files that do not fit the manifest, EngineError for an
+    artifact that is for other engines, a context that the model has not and what the library refuses."""
     manifest = Manifest.read(folder)
+    if "bigdl" not in manifest.engines:  # the library would abort the process, or compute something else
+        raise EngineError(
+            f"{folder}: engine: found bigdl, this {manifest.family} artifact allows {', '.join(manifest.engines)}"
+        )
     binary = folder / manifest.binary
     if not binary.is_file() or binary.stat().st_size != manifest.bytes:
         found = f"{binary.stat().st_size} bytes" if binary.is_file() else "no such file"

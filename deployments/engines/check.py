@@ -40,9 +40,20 @@ BATCH_TOLERANCE = 0.5
 
 
 def check_artifact(folder: Path, threads: int = 1) -> None:
-    """Raises NibbleError, naming what is wrong. The library may abort the process."""
+    """On the first of the engines that run it. Raises NibbleError, naming what is wrong. The library may abort the
+    process."""
     manifest = Manifest.read(folder)
     check_binary(folder / manifest.binary, manifest)
+    if "bigdl" in manifest.engines:
+        check_bigdl(folder, threads, manifest)
+        return
+    # Only here: the engine's package need not be installed.
+    from deployments.engines.openvino_check import check_openvino  # type: ignore[import-not-found,unused-ignore]
+
+    check_openvino(folder, threads)
+
+
+def check_bigdl(folder: Path, threads: int, manifest: Manifest) -> None:
     context = min([2 * BLOCK, *(tensor.shape[0] for tensor in manifest.tensors if tensor.name == POSITION_TENSOR)])
     # Not quiet: should the library abort, its last words are the only reason there is.
     model = load_model(folder, threads, context, choose_isa(), quiet=False)

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.errors import CheckpointError
 from cluster.families import FAMILY_NAMES, FamilyName
-from cluster.hyperparameters import Hyperparameters, read_hyperparameters
+from cluster.hyperparameters import Hyperparameters, read_hyperparameters, require_engine
 
 CONFIGS: dict[FamilyName, dict[str, Any]] = {
     "llama": {
@@ -68,7 +68,7 @@ def test_tied_embeddings_by_default_as_in_transformers() -> None:
 
 
 def test_key_and_value_heads_by_default_and_grouped() -> None:
-    assert read("llama").key_value_heads == 32
+    assert [read(family).key_value_heads for family in FAMILY_NAMES] == [32, 32, 32, 1]
     assert read("llama", num_key_value_heads=4).key_value_heads == 4
     assert read("llama", num_key_value_heads=4).header == read("llama").header
 
@@ -77,80 +77,135 @@ def test_null_counts_as_absent() -> None:
     assert read("starcoder", n_inner=None).feed_forward == 8192
 
 
-# What each runtime would compute wrongly, or die of: the field, the value, a word of the message.
+# What no engine computes as transformers does: the field, the value, a word of the message.
 REFUSED: list[tuple[FamilyName, str, Any, str]] = [
-    ("llama", "num_hidden_layers", 22, "one of 26, 32, 40, 60, 80: the llama runtime aborts"),
     ("llama", "num_key_value_heads", 5, "a divisor of num_attention_heads, 32"),
     ("llama", "num_key_value_heads", 64, "a divisor of num_attention_heads, 32"),
-    ("llama", "head_dim", 64, "hidden_size / num_attention_heads"),
-    ("llama", "attention_bias", True, "adds no biases"),
-    ("llama", "mlp_bias", True, "adds no biases"),
-    ("llama", "hidden_act", "gelu", "one of silu"),
-    ("llama", "rms_norm_eps", 1e-4, "at most 1e-05"),
-    ("llama", "rms_norm_eps", "small", "a number"),
-    ("llama", "rope_theta", 500000.0, "10000.0"),
-    ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}, "no scaling"),
+    ("llama", "head_dim", 64, "hidden_size / num_attention_heads; no engine of this version runs it"),
+    ("llama", "mlp_bias", True, "the feed-forward has no biases; no engine of this version runs it"),
+    ("llama", "attention_bias", "yes", "true or false"),
+    ("llama", "hidden_act", "gelu", "one of silu; no engine of this version runs it"),
+    ("llama", "rms_norm_eps", "small", "a number above 0"),
+    ("llama", "rms_norm_eps", 0, "a number above 0"),
+    ("llama", "rms_norm_eps", float("nan"), "a number above 0"),
+    ("llama", "rope_theta", 10**400, "a number above 0"),
+    ("llama", "rope_theta", True, "a number above 0"),
     ("llama", "rope_scaling", "linear", "an object"),
-    ("llama", "rope_parameters", {"rope_type": "llama3"}, "no scaling"),
-    ("llama", "rope_parameters", {"rope_theta": 500000.0}, "10000.0"),
-    ("llama", "intermediate_size", 10880, "first multiple"),
     ("llama", "vocab_size", 0, "an integer from 1"),
     ("llama", "vocab_size", None, "an integer from 1"),
     ("llama", "hidden_size", "4096", "an integer from 1"),
     ("llama", "num_hidden_layers", True, "an integer from 1"),
     ("llama", "num_attention_heads", 33, "a divisor of the width 4096"),
     ("llama", "num_attention_heads", 4096, "an even quotient"),
-    ("llama", "num_attention_heads", 1, "2 or more"),
-    ("gptneox", "num_attention_heads", 1, "2 or more"),
-    ("bloom", "num_attention_heads", 1, "2 or more"),
-    ("starcoder", "n_head", 1, "2 or more"),
     ("llama", "tie_word_embeddings", "no", "true or false"),
     ("llama", "quantization_config", {"quant_method": "gptq"}, "not quantized"),
-    ("gptneox", "num_hidden_layers", 24, "one of 16, 36, 44, or 32 with a hidden_size of 2560 or 4096"),
-    ("gptneox", "intermediate_size", 11008, "four times the width"),
-    ("gptneox", "hidden_act", "relu", "one of gelu"),
+    ("gptneox", "hidden_act", "relu", "one of gelu, gelu_new, gelu_fast, gelu_pytorch_tanh; no engine"),
     ("gptneox", "rotary_pct", 0, "above 0, at most 1"),
     ("gptneox", "rotary_pct", 1.5, "above 0, at most 1"),
     ("gptneox", "rotary_pct", 0.01, "an even number"),
-    ("gptneox", "rotary_emb_base", 1000000, "10000.0"),
     ("gptneox", "attention_bias", False, "the attention's biases"),
-    ("gptneox", "layer_norm_eps", 1e-6, "1e-05: the runtime fixes it"),
-    ("bloom", "layer_norm_epsilon", 1e-6, "1e-05: the runtime fixes it"),
-    ("starcoder", "layer_norm_epsilon", 1e-4, "1e-05: the runtime fixes it"),
     ("bloom", "apply_residual_connection_post_layernorm", True, "the residual"),
     ("bloom", "n_layer", -1, "an integer from 1"),
+    ("bloom", "layer_norm_epsilon", -1e-5, "a number above 0"),
     ("starcoder", "multi_query", False, "one key and value head"),
     ("starcoder", "activation_function", "relu", "one of gelu"),
-    ("starcoder", "scale_attn_weights", False, "scales attention"),
-    ("starcoder", "n_inner", 4096, "four times the width"),
+    ("starcoder", "scale_attn_weights", False, "attention weights are scaled"),
+    ("starcoder", "n_inner", 0, "an integer from 1"),
     ("starcoder", "add_cross_attention", True, "decoder"),
 ]
 
 
 @pytest.mark.parametrize(("family", "field", "value", "message"), REFUSED)
-def test_what_the_runtime_cannot_compute_is_refused_by_field(
-    family: FamilyName, field: str, value: Any, message: str
-) -> None:
+def test_what_no_engine_computes_is_refused_by_field(family: FamilyName, field: str, value: Any, message: str) -> None:
     with pytest.raises(CheckpointError) as refusal:
         read(family, **{field: value})
-    assert str(refusal.value).startswith(f"folder/config.json: {field}")
-    assert "found" in str(refusal.value)
+    assert str(refusal.value).startswith(f"folder/config.json: {field}: found")
     assert message in str(refusal.value)
+
+
+# What bigdl-llm's runtimes compute wrongly or die of, and engine openvino runs: the field, the value, what is allowed.
+HINDERED: list[tuple[FamilyName, str, Any, str]] = [
+    ("llama", "num_hidden_layers", 22, "one of 26, 32, 40, 60, 80: the llama runtime aborts on others"),
+    ("llama", "num_attention_heads", 1, "2 or more: the runtime computes other things with one"),
+    ("llama", "attention_bias", True, "False: the llama runtime adds no biases"),
+    ("llama", "rms_norm_eps", 1e-4, "at most 1e-05: the runtime fixes it at 1e-06"),
+    ("llama", "rope_theta", 500000.0, "10000.0: the runtime fixes it"),
+    ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}, "no scaling: the runtime ignores it"),
+    (
+        "llama",
+        "intermediate_size",
+        10880,
+        "a number that is the first multiple of some n <= 8192 from 10922 (8/3 of hidden_size) on",
+    ),
+    ("llama", "architectures", ["MistralForCausalLM"], "LlamaForCausalLM: the llama runtime knows no sliding window"),
+    ("llama", "model_type", "qwen2", "LlamaForCausalLM: the llama runtime knows no biases"),
+    ("gptneox", "num_attention_heads", 1, "2 or more: the runtime computes other things with one"),
+    ("bloom", "num_attention_heads", 1, "2 or more: the runtime computes other things with one"),
+    ("starcoder", "n_head", 1, "2 or more: the runtime computes other things with one"),
+    (
+        "gptneox",
+        "num_hidden_layers",
+        24,
+        "one of 16, 36, 44, or 32 with a hidden_size of 2560 or 4096 (found 4096): the gptneox runtime aborts on"
+        " others",
+    ),
+    ("gptneox", "intermediate_size", 11008, "16384: the runtime's feed-forward is four times the width"),
+    ("gptneox", "rotary_emb_base", 1000000, "10000.0: the runtime fixes it"),
+    ("gptneox", "layer_norm_eps", 1e-6, "1e-05: the runtime fixes it"),
+    ("bloom", "layer_norm_epsilon", 1e-6, "1e-05: the runtime fixes it"),
+    ("starcoder", "layer_norm_epsilon", 1e-4, "1e-05: the runtime fixes it"),
+    ("starcoder", "n_inner", 4096, "8192: the runtime's feed-forward is four times the width"),
+]
+
+
+@pytest.mark.parametrize(("family", "field", "value", "allowed"), HINDERED)
+def test_what_bigdls_runtime_cannot_compute_is_an_obstacle_to_it_alone(
+    family: FamilyName, field: str, value: Any, allowed: str
+) -> None:
+    model = read(family, **{field: value})
+    found = float(value) if field == "rotary_emb_base" else value
+    text = f"folder/config.json: {field}: found {found!r}, allowed is {allowed}; engine openvino runs it"
+    assert model.obstacles == (("bigdl", text),)
+    assert model.engines == ("openvino",)
+
+
+def test_without_obstacles_every_engine_runs_a_model() -> None:
+    for family in FAMILY_NAMES:
+        assert (read(family).obstacles, read(family).engines) == ((), ("bigdl", "openvino"))
+
+
+def test_the_first_obstacle_is_kept() -> None:
+    ((_, text),) = read("llama", num_hidden_layers=3, rope_theta=5e5, intermediate_size=10880).obstacles
+    assert "rope_theta" in text
+
+
+def test_an_engine_with_an_obstacle_is_refused_with_its_text() -> None:
+    obstacles = read("bloom", layer_norm_epsilon=1e-6).obstacles
+    require_engine("openvino", obstacles)
+    require_engine(None, obstacles)
+    with pytest.raises(CheckpointError, match=r"layer_norm_epsilon: found 1e-06.*engine openvino runs it"):
+        require_engine("bigdl", obstacles)
+
+
+def test_a_llama_feed_forward_that_is_no_first_multiple_leaves_the_head_without_one() -> None:
+    assert read("llama", intermediate_size=10880).header == (32000, 4096, 0, 32, 32, 128, 2)
+    assert read("llama", intermediate_size=14336).header[2] == 7168
 
 
 @pytest.mark.parametrize("layers", [26, 32, 40, 60, 80])
 def test_llama_layer_counts_that_the_library_knows(layers: int) -> None:
-    assert read("llama", num_hidden_layers=layers).layers == layers
+    assert "bigdl" in read("llama", num_hidden_layers=layers).engines
 
 
 @pytest.mark.parametrize(
     ("layers", "width"), [(16, 128), (16, 8192), (36, 5120), (44, 6144), (32, 2560), (32, 4096), (44, 64)]
 )
 def test_gptneox_layer_counts_that_the_library_knows(layers: int, width: int) -> None:
-    assert read("gptneox", num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width).layers == layers
+    model = read("gptneox", num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width)
+    assert "bigdl" in model.engines
 
 
 @pytest.mark.parametrize(("layers", "width"), [(32, 2048), (32, 5120), (24, 4096), (15, 128), (17, 128)])
 def test_gptneox_layer_counts_that_abort_the_library(layers: int, width: int) -> None:
-    with pytest.raises(CheckpointError, match="num_hidden_layers"):
-        read("gptneox", num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width)
+    model = read("gptneox", num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width)
+    assert "num_hidden_layers" in dict(model.obstacles)["bigdl"]

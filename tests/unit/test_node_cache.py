@@ -29,6 +29,7 @@ def manifest() -> Manifest:
         converter_version=1,
         family="llama",
         quantization="q4_0",
+        engines=("bigdl",),
         source="somewhere",
         binary="bigdl_llm_llama_q4_0.bin",
         bytes=sum(map(len, CHUNKS)),

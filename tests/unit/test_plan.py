@@ -205,11 +205,18 @@ def test_rows_that_are_no_multiple_of_64_are_refused(shape: Shape, columns: int,
         plan_conversion(checkpoint, shape.family)
 
 
-def test_a_layer_count_that_the_library_aborts_on_is_refused(tmp_path: Path) -> None:
-    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", SHAPES["gptneox"])
-    change_config(checkpoint, num_hidden_layers=15)
-    with pytest.raises(CheckpointError, match=r"num_hidden_layers: found 15.*aborts on others; no engine"):
-        plan_conversion(checkpoint, "gptneox")
+def test_a_layer_count_that_the_library_aborts_on_is_an_obstacle_to_bigdl(tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", SHAPES["gptneox"]._replace(layers=3))
+    plan = plan_conversion(checkpoint, "gptneox")
+    ((engine, obstacle),) = plan.obstacles
+    assert (engine, plan.engines) == ("bigdl", ("openvino",))
+    assert obstacle.startswith(f"{checkpoint}/config.json: num_hidden_layers: found 3, allowed is one of 16")
+    assert obstacle.endswith("aborts on others; engine openvino runs it")
+
+
+def test_a_checkpoint_without_obstacles_is_for_every_engine(family: FamilyName, checkpoint: Path) -> None:
+    plan = plan_conversion(checkpoint, family)
+    assert (plan.engines, plan.obstacles) == (("bigdl", "openvino"), ())
 
 
 def test_sources_name_the_file_and_offset_of_each_tensor(bloom: Path) -> None:

@@ -10,7 +10,7 @@ from cluster.errors import CheckpointError
 from cluster.families import FamilyName
 from cluster.ggml import CONTAINERS, Token, pack_head
 from cluster.vocabulary import read_vocabulary
-from tests.random_checkpoint import byte_level_tokenizer, sentencepiece_model
+from tests.random_tokenizer import byte_level_tokenizer, sentencepiece_model
 
 DEMO = Path(__file__).parents[2] / "cluster" / "demos" / "llama"
 
