@@ -11,13 +11,15 @@ from cluster.ggml import BLOCK_WEIGHTS
 from cluster.manifest import Quantization
 
 # 64 weights, a scale first: the nibbles minus 8 (byte j holds weights j and j + 32), or the signed bytes, times it.
-BLOCKS: dict[Quantization, np.dtype[Any]] = {
+BLOCKS: dict[str, np.dtype[Any]] = {
     "q4_0": np.dtype([("scale", "<f2"), ("weights", "u1", BLOCK_WEIGHTS // 2)]),
     "q8_0": np.dtype([("scale", "<f4"), ("weights", "i1", BLOCK_WEIGHTS)]),
 }
 
 
-def dequantize(data: npt.NDArray[np.uint8], quantization: Quantization, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+def dequantize(
+    data: npt.NDArray[np.uint8], quantization: Quantization, shape: tuple[int, ...]
+) -> npt.NDArray[np.float32]:
     """The weights of whole blocks, [rows, columns]."""
     blocks = data.view(BLOCKS[quantization])
     weights = blocks["weights"]

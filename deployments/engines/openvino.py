@@ -109,7 +109,8 @@ class OpenvinoEngine:
 
         def check() -> None:
             try:
-                checked.set_result(self._batch.check_integrity())
+                self._batch.check_integrity()
+                checked.set_result(None)
             except EngineError as error:
                 checked.set_exception(error)
 

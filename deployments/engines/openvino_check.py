@@ -24,7 +24,9 @@ def check_openvino(folder: Path, threads: int) -> None:
         weights, model = derived_weights(folder, Path(scratch))
         paged = PagedModel(weights, model, threads, EXACT)
         paged.allocate(2)
-        tokens = [(7 * index + 1) % model.vocabulary for index in range(min(CHECKED_TOKENS, model.context or CHECKED_TOKENS))]
+        tokens = [
+            (7 * index + 1) % model.vocabulary for index in range(min(CHECKED_TOKENS, model.context or CHECKED_TOKENS))
+        ]
         whole = paged.step([Work(tokens, 0, [0], range(len(tokens)))])[0].copy()
         single = np.stack([paged.step([Work([t], i, [1], [0])])[0][0].copy() for i, t in enumerate(tokens)])
     if not np.isfinite(whole).all() or not np.isfinite(single).all():

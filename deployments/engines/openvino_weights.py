@@ -1,4 +1,4 @@
-"""An artifact's weights as the openvino engine maps them: a file beside the artifact's own, derived from it once a node.
+"""An artifact's weights as the openvino engine maps them: a file beside the artifact's own, derived once a node.
 
     <artifact folder>/openvino-<version>.bin    matrices and vectors, each on a 64-byte border
     <artifact folder>/openvino-<version>.json   where they are; written last, so that a folder that has it is whole
@@ -87,9 +87,7 @@ class DerivedWeights:
         scales = self._view(
             tensor.scales_offset, "<f2" if tensor.type == "i4" else "<f4", (rows, columns // BLOCK_WEIGHTS)
         )
-        return QuantizedMatrix(
-            self._view(tensor.offset, kind, (rows, width)), scales, tensor.type, (rows, columns)
-        )
+        return QuantizedMatrix(self._view(tensor.offset, kind, (rows, width)), scales, tensor.type, (rows, columns))
 
     def _view(self, offset: int, kind: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         size = int(np.prod(shape)) * np.dtype(kind).itemsize
@@ -207,5 +205,5 @@ def i4_pairs(nibbles: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     half = low.shape[-1] // 2
     pairs[..., :half] = low[..., 0::2] | (low[..., 1::2] << 4)
     pairs[..., half:] = high[..., 0::2] | (high[..., 1::2] << 4)
-    return pairs ^ np.uint8(0x88)
-
+    pairs ^= np.uint8(0x88)
+    return pairs

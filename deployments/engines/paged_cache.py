@@ -56,7 +56,7 @@ class BlockPool:
         return len(table) * BLOCK_TOKENS
 
     def grow(self, table: list[int], tokens: int) -> bool:
-        """Makes the block table long enough for `tokens` tokens; False, and nothing changed, where blocks are lacking."""
+        """Makes the table long enough for so many tokens; False, and nothing changed, where blocks are lacking."""
         lacking = -(-tokens // BLOCK_TOKENS) - len(table)
         if lacking > len(self._free):
             return False
@@ -103,10 +103,14 @@ class BlockPool:
         for table in tables:
             for index in table:
                 users[index] += 1
-        wrong = [i for i, block in enumerate(self._blocks) if block.users != users[i] or (users[i] == 0) != (i in self._free)]
+        wrong = [
+            i for i, block in enumerate(self._blocks) if block.users != users[i] or (users[i] == 0) != (i in self._free)
+        ]
         lost = [name for name, index in self._named.items() if self._blocks[index].name != name]
         if wrong or lost:
-            raise EngineError(f"KV cache: blocks {wrong[:5]} are counted wrongly, {len(lost)} names are of other blocks")
+            raise EngineError(
+                f"KV cache: blocks {wrong[:5]} are counted wrongly, {len(lost)} names are of other blocks"
+            )
 
     def _take(self, index: int) -> None:
         self._blocks[index].users += 1

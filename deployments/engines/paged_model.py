@@ -19,12 +19,11 @@ from deployments.engines.openvino_weights import DerivedWeights
 from deployments.engines.paged_cache import BLOCK_TOKENS
 
 
-
 @dataclass(frozen=True)
 class Settings:
-    """Of OpenVINO's CPU plugin. `precision`: f32 or bf16, of activations. `quantized_activations`: whether a
-    matrix product takes activations as 8-bit integers in groups of a block of weights (DYNAMIC_QUANTIZATION_GROUP_SIZE),
-    which is several times as fast on batches and costs some precision. `cache`: u8, f16 or f32, of keys and values."""
+    """Of OpenVINO's CPU plugin. `precision`: f32 or bf16, of activations. `quantized_activations`: whether a matrix
+    product takes them as 8-bit integers, in groups as long as a block of weights (DYNAMIC_QUANTIZATION_GROUP_SIZE):
+    several times as fast on batches, at some cost of precision. `cache`: u8, f16 or f32, of keys and values."""
 
     precision: str = "f32"
     quantized_activations: bool = True
@@ -57,7 +56,12 @@ class PagedModel:
     """One instance in one thread at a time."""
 
     def __init__(
-        self, weights: DerivedWeights, model: Hyperparameters, threads: int, settings: Settings, layers: int | None = None
+        self,
+        weights: DerivedWeights,
+        model: Hyperparameters,
+        threads: int,
+        settings: Settings,
+        layers: int | None = None,
     ) -> None:
         """Raises EngineError where OpenVINO cannot compile the model."""
         self._weights = weights  # the compiled model reads the mapped file

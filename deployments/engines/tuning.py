@@ -1,4 +1,4 @@
-"""Which settings of OpenVINO's CPU plugin are the fastest on this node, found by trying them on a model's first layers."""
+"""Which settings of OpenVINO's CPU plugin are the fastest on this node: tried on a model's first layers."""
 
 from __future__ import annotations
 

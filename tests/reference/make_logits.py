@@ -25,8 +25,8 @@ from cluster.hyperparameters import read_hyperparameters
 from cluster.layouts import LAYOUTS, tensor_rules
 from cluster.quantize import Quantizer
 from cluster.sources import DEMOS
-from deployments.engines.ggml_blocks import dequantize
 from cluster.weights import WeightsReader, weight_sources
+from deployments.engines.ggml_blocks import dequantize
 from tests.random_checkpoint import SHAPES, Tensors, write_random_checkpoint, write_safetensors
 
 OUT = Path(__file__).parent / "logits"

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import EngineError
 from deployments.engines.paged_cache import BLOCK_TOKENS, BlockPool
-
-import pytest
 
 B = BLOCK_TOKENS
 
