@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from cluster.families import FAMILIES, FamilyName
 from cluster.hyperparameters import read_hyperparameters
@@ -180,19 +181,41 @@ def write_random_checkpoint(
 
 
 def random_weights(name: str, shape: tuple[int, ...], seed: int, kind: str = "F16") -> bytes:
-    """Numbers between -1/8 and 1/8 (SplitMix64 of the position), as the given type. Each tensor begins with 64 zeros,
-    then 64 negative zeros, and has ties of greatest magnitude, where rounding and signs show."""
-    count = int(np.prod(shape))
+    """Numbers between -1/8 and 1/8, as the given type. Each tensor begins with 64 zeros, then 64 negative zeros, and
+    has ties of greatest magnitude, where rounding and signs show."""
+    numbers = uniform_numbers(name, int(np.prod(shape)), seed) / np.float32(8)
+    numbers[:64], numbers[64:128] = 0.0, -0.0
+    numbers[192:256:2], numbers[193:256:2] = 0.125, -0.125
+    return as_type(numbers, kind)
+
+
+def uniform_numbers(name: str, count: int, seed: int) -> npt.NDArray[np.float32]:
+    """Between -1 and 1: SplitMix64 of the position."""
     state = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     state += np.uint64(zlib.crc32(name.encode()) + (seed << 32))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
-    numbers = ((state >> np.uint64(40)).astype(np.float32) - np.float32(1 << 23)) / np.float32(1 << 26)
-    numbers[:64], numbers[64:128] = 0.0, -0.0
-    numbers[192:256:2], numbers[193:256:2] = 0.125, -0.125
+    return ((state >> np.uint64(40)).astype(np.float32) - np.float32(1 << 23)) / np.float32(1 << 23)
+
+
+def as_type(numbers: npt.NDArray[np.float32], kind: str) -> bytes:
     if kind == "BF16":
         return (numbers.view(np.uint32) >> 16).astype("<u2").tobytes()
     return numbers.astype({"F16": "<f2", "F32": "<f4"}[kind]).tobytes()
+
+
+def write_lively_weights(folder: Path, tensors: Tensors, shards: int = 1) -> None:
+    """For `write_random_checkpoint`: other numbers, with which logits depend on every tensor as those of a trained
+    model do: the gains of norms are around 1, and matrices neither shrink nor blow up what goes through them."""
+    lively: Tensors = {}
+    for name, (kind, shape, _) in tensors.items():
+        numbers = uniform_numbers(name, int(np.prod(shape)), seed=1)
+        if len(shape) == 2:
+            numbers *= np.float32((3 / shape[1]) ** 0.5)
+        elif name.endswith(".weight"):
+            numbers = 1 + numbers / np.float32(4)
+        lively[name] = (kind, shape, as_type(numbers.astype(np.float32), kind))
+    write_weights(folder, lively, shards)
 
 
 def write_weights(folder: Path, tensors: Tensors, shards: int = 1) -> None:

@@ -27,12 +27,20 @@ from cluster.quantize import Quantizer
 from cluster.sources import DEMOS
 from cluster.weights import WeightsReader, weight_sources
 from deployments.engines.ggml_blocks import dequantize
-from tests.random_checkpoint import SHAPES, Tensors, write_random_checkpoint, write_safetensors
+from tests.random_checkpoint import (
+    OPENVINO_SHAPES,
+    SHAPES,
+    Tensors,
+    write_lively_weights,
+    write_random_checkpoint,
+    write_safetensors,
+)
 
 OUT = Path(__file__).parent / "logits"
 TOKENS = 48
-# Shapes that the bigdl engine refuses, or whose artifacts differ from their checkpoints' rows in a way of their own.
-RANDOM = ("llama-grouped", "llama3", "mistral", "qwen2", "gptneox-short", "gptneox-sequential", "starcoder-epsilon")
+# Besides those that engine openvino alone runs: key and value heads that artifacts repeat, and other forms of a layer.
+CONVERTED = ("llama-grouped", "gptneox-sequential", "gptneox-tied", "bloom-wide", "starcoder-wide")
+RANDOM = {**{name: SHAPES[name] for name in CONVERTED}, **OPENVINO_SHAPES}
 
 
 def logits_of(folder: Path, family: FamilyName, ids: list[int]) -> np.ndarray:
@@ -75,8 +83,11 @@ def main() -> None:
                 folder, family = DEMOS / name, name
                 ids = json.loads((OUT.parent / "agreement" / f"{name}.json").read_text())["input_ids"][:TOKENS]
             else:
-                folder, family = write_random_checkpoint(Path(scratch), SHAPES[name]), SHAPES[name].family
-                ids = [(37 * i + 11) % SHAPES[name].vocabulary for i in range(TOKENS)]
+                folder, family = (
+                    write_random_checkpoint(Path(scratch), RANDOM[name], write=write_lively_weights),
+                    RANDOM[name].family,
+                )
+                ids = [(37 * i + 11) % RANDOM[name].vocabulary for i in range(TOKENS)]
             logits = logits_of(folder, family, ids)
         np.savez_compressed(OUT / f"{name}.npz", input_ids=ids, logits=logits.astype(np.float16))
         print(f"{name}: {(OUT / f'{name}.npz').stat().st_size} bytes, RMS {logits.std():.3f}")
