@@ -23,7 +23,7 @@ from cluster.manifest import Manifest, TensorEntry
 from deployments.engines.base import Logits
 from deployments.engines.bigdl_model import BLOCK, POSITION_TENSOR, CachedModel, load_model
 from deployments.engines.ggml_blocks import BLOCKS
-from deployments.engines.optional import require_openvino
+from deployments.engines.loading import require_openvino
 
 # The greatest number that a block's scale is multiplied with.
 GREATEST = {"q4_0": 8, "q8_0": 127}

@@ -1,0 +1,32 @@
+"""Which class runs which `engine:` of a configuration."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from cluster.config import ModelConfig, OpenvinoConfig
+from cluster.errors import EngineError
+from deployments.engines.base import Engine
+from deployments.engines.bigdl import BigdlEngine
+
+
+def load_engine(model: ModelConfig, folder: Path, cores: tuple[int, ...] | None) -> Engine:
+    """The model's engine with the artifact in `folder`, on `cores` (None: all of this process). Raises EngineError
+    where its package is missing, and what the engine itself raises."""
+    if model.engine == "bigdl":
+        return BigdlEngine(folder, threads=model.threads, context=model.context, cores=cores, isa=model.isa)
+    require_openvino()
+    from deployments.engines.openvino import OpenvinoEngine  # its package is an extra
+
+    options = model.openvino or OpenvinoConfig()
+    return OpenvinoEngine(folder, model.threads, model.context, model.max_ongoing, options, cores)
+
+
+def require_openvino() -> None:
+    """Raises EngineError where the package openvino is not installed."""
+    if find_spec("openvino") is None:
+        raise EngineError(
+            "engine openvino needs the package openvino, which is not installed here: pip install"
+            " 'nibble-serve[openvino]' on every node"
+        )
