@@ -131,7 +131,7 @@ def bench(
     warmup: Annotated[int, typer.Option(min=1, help="First requests to each server, which do not count.")] = 4,
     time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds after which a run is ended.")] = 600,
     seed: Annotated[int | None, typer.Option(help="Of prompts and arrivals. Default: a new one each time.")] = None,
-    vocabulary: Annotated[int, typer.Option(min=4, help="Prompts are token ids from 3 to below it.")] = 1000,
+    vocabulary: Annotated[int, typer.Option(min=4, help="Prompts are token ids from 3 to below it.")] = 500,
     text_prompts: Annotated[bool, typer.Option("--text-prompts", help="Prompts are words, not token ids.")] = False,
     prompt_file: Annotated[Path | None, typer.Option(help="Prompts are this file's lines.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write all figures, settings and the machine to this file.")] = None,

@@ -54,28 +54,20 @@ def sorted_levels(levels: list[Level], kind: str) -> list[Level]:
 
 
 def draw(axes: Axes, panel: Any, levels: list[Level], settings: Settings) -> None:
-    """Medians over rounds; the shade of the first curve is from the least to the greatest."""
+    """Medians over rounds; bars on the solid curve reach from the least to the greatest."""
     title, unit, scale, curves = panel
     for place, server in enumerate(settings.servers):
         colour = COLOURS[place % len(COLOURS)]
         found = [(level.load.value, spreads(level.runs[place])) for level in levels]
         for figure, style in curves:
             points = [(x, figures[figure]) for x, figures in found if figure in figures]
-            x = [x for x, _ in points]
-            first = style == "-"
-            axes.plot(
-                x,
-                [spread.median * scale for _, spread in points],
-                style,
-                color=colour,
-                marker="o" if first else None,
-                markersize=4,
-                linewidth=1.8 if first else 1.2,
-                label=str(server) if first else None,
-            )
-            if first:
-                low, high = ([getattr(spread, end) * scale for _, spread in points] for end in ("low", "high"))
-                axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            x, y = [x for x, _ in points], [spread.median * scale for _, spread in points]
+            if style == "--":
+                axes.plot(x, y, style, color=colour, linewidth=1.2)
+                continue
+            below = [(spread.median - spread.low) * scale for _, spread in points]
+            above = [(spread.high - spread.median) * scale for _, spread in points]
+            axes.errorbar(x, y, (below, above), color=colour, marker="o", markersize=4, capsize=3, label=str(server))
     axes.set_title(title if len(curves) == 1 else f"{title} (solid p50, dashed p95)", fontsize=10)
     axes.set_ylabel(unit)
     axes.set_ylim(bottom=0)

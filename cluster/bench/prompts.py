@@ -17,10 +17,10 @@ MAX_REPEATS = 1000
 
 # Each one token, with the space before it, for most tokenizers of English.
 WORDS = """
-the of and to in is was for that on with as by at from his an were are which this be or had not have one has first but
-they all their been who its after he two also time when up she year some other people into may more about over then than
-these only can would new three most where used between made many later them so will during there no city
-""".split()
+the of and to in is was for that on with as by at from his an were are which this be or had not have one has first
+but they all their been who its after he two also time when up she year some other people into may more about over
+then than these only can would new three most where used between made many later them so will during there no city
+""".split()  # noqa: SIM905 - a list of as many literals is longer to read
 
 
 def token_prompts(seed: int, length: int, vocabulary: int) -> Iterator[Prompt]:

@@ -26,18 +26,14 @@ ROWS = (
     Row("output_tokens_per_s", "output tokens/s"),
     Row("requests_per_s", "requests/s"),
     *(
-        Row(f"{name}_p{percent}_s", f"{label}, ms, p{percent}", 1e3)
-        for name, label in (
-            ("ttft", "time to first token"),
-            ("tpot", "time per output token"),
-            ("gap", "gap between chunks"),
-            ("latency", "whole request"),
-        )
+        Row(f"{name}_p{percent}_s", f"{label}, p{percent} ms", 1e3)
+        for name, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("gap", "gap"), ("latency", "latency"))
         for percent in PERCENTS
     ),
-    Row("prompt_tokens", "prompt tokens a request"),
-    Row("output_tokens", "output tokens a request"),
+    Row("prompt_tokens", "prompt tokens"),
+    Row("output_tokens", "output tokens"),
 )
+SECTION_ENDS = ("requests_per_s", "ttft_p99_s", "tpot_p99_s", "gap_p99_s", "latency_p99_s")
 RATIOS = tuple(row.figure for row in ROWS if not row.figure.endswith("_tokens"))
 
 
@@ -55,14 +51,15 @@ def level_table(level: Level, settings: Settings) -> Table:
     labels = [server.label for server in settings.servers]
     others = [] if settings.baseline is None else [n for n in range(len(labels)) if n != settings.baseline]
     headings = [*labels, *(f"{labels[place]}/{labels[settings.baseline or 0]}" for place in others)]
-    table = Table("", *(Column(heading, justify="right") for heading in headings), title=str(level.load).capitalize())
+    columns = (Column(heading, justify="right") for heading in headings)
+    table = Table(Column("", no_wrap=True), *columns, title=str(level.load).capitalize(), title_justify="left")
     found = [spreads(runs) for runs in level.runs]
     compared = [ratios(level.runs[place], level.runs[settings.baseline or 0]) for place in others]
     for row in ROWS:
         cells = [written(figures.get(row.figure), row.scale) for figures in found]
         cells += [written(quotients.get(row.figure)) if row.figure in RATIOS else "" for quotients in compared]
         if any(cells):
-            table.add_row(row.label, *cells)
+            table.add_row(row.label, *cells, end_section=row.figure in SECTION_ENDS)
     return table
 
 
@@ -85,7 +82,7 @@ def remarks(level: Level, settings: Settings) -> Iterator[str]:
         errors = errors_of(runs)
         sent = sum(len(run.requests) for run in runs)
         if runs and not errors:
-            yield f"{server.label}: {sent} requests in {len(runs)} rounds, no errors; tokens by {counted_by(runs)}"
+            yield f"{server.label}: {sent} requests, no errors; tokens by {counted_by(runs)}"
         elif runs:
             yield f"{server.label}: {errors.total()} of {sent} requests failed; tokens by {counted_by(runs)}"
         for error, times in errors.most_common(MAX_ERRORS):
@@ -102,4 +99,4 @@ def remarks(level: Level, settings: Settings) -> Iterator[str]:
             )
         for run in runs:
             if run.ending != "whole":
-                yield f"{server.label}: round {run.round + 1} ended early, by {run.ending}"
+                yield f"{server.label}: round {run.round + 1} ended early: {run.ending}"

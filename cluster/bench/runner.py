@@ -22,7 +22,6 @@ REFUSED = ("HTTP 400", "HTTP 422")
 # A worker whose request failed waits so long: a server that refuses is not asked thousands of times a second.
 PAUSE_S = 0.1
 UNFINISHED = Failure("unfinished", "when the run was ended")
-ENDED_BY = {"time limit": "its time limit", "interrupted": "Ctrl-C"}
 
 Send = Callable[[float], Awaitable[bool]]  # whether it succeeded
 Say = Callable[[str], None]
@@ -38,10 +37,11 @@ class SystemClock:
 
 @dataclass
 class Bench:
-    """One benchmark. `runs` holds what was measured so far, also after an interruption."""
+    """One benchmark. `client_of` makes the client for a server by its place in the settings. `runs` holds what was
+    measured so far, also after an interruption."""
 
     settings: Settings
-    clients: Sequence[Client]
+    client_of: Callable[[int], Client]
     prompts: Iterator[Prompt]
     say: Say
     clock: Clock = field(default_factory=SystemClock)
@@ -49,19 +49,21 @@ class Bench:
 
     async def measure(self) -> None:
         """All servers under all loads. Raises NibbleError where a server does not answer the first requests."""
+        # Made here: gRPC's belong to the event loop that runs when they are made.
+        clients = [self.client_of(place) for place in range(len(self.settings.servers))]
         try:
-            fields = [await self._warm_up(place) for place in range(len(self.clients))]
+            fields = [await self._warm_up(place, client) for place, client in enumerate(clients)]
             for load, round, server in turns(self.settings):
-                await self._run(load, round, server, fields[server])
+                await self._run(load, round, server, clients[server], fields[server])
         finally:
-            for client in self.clients:
+            for client in clients:
                 await client.close()
 
-    async def _warm_up(self, place: int) -> Fields:
+    async def _warm_up(self, place: int, client: Client) -> Fields:
         """The first requests, which do not count; gives the fields that the server takes."""
         server, limit_s = self.settings.servers[place], self.settings.time_limit_s
         try:
-            fields, reply = await asyncio.wait_for(self._first_replies(place), limit_s)
+            fields, reply = await asyncio.wait_for(self._first_replies(server.url, client), limit_s)
         except asyncio.TimeoutError:
             raise NibbleError(f"{server.url}: no answer within {limit_s:g} s") from None
         if reply.failure is not None:
@@ -70,9 +72,8 @@ class Bench:
             self.say(f"{server.label} takes no ignore_eos: completions may have fewer than the tokens asked for.")
         return fields
 
-    async def _first_replies(self, place: int) -> tuple[Fields, Reply]:
+    async def _first_replies(self, url: str, client: Client) -> tuple[Fields, Reply]:
         """With fewer fields each time while the server refuses them; then the rest of the warm-up. The last reply."""
-        client, url = self.clients[place], self.settings.servers[place].url
         for fields in optional_fields(url):
             reply = await client.complete(next(self.prompts), fields)
             if reply.failure is None or reply.failure.kind not in REFUSED:
@@ -83,8 +84,8 @@ class Bench:
             reply = await client.complete(next(self.prompts), fields)
         return fields, reply
 
-    async def _run(self, load: Load, round: int, server: int, fields: Fields) -> None:
-        settings, client, clock = self.settings, self.clients[server], self.clock
+    async def _run(self, load: Load, round: int, server: int, client: Client, fields: Fields) -> None:
+        settings, clock = self.settings, self.clock
         requests: list[Sent] = []
         started, start, cpu = datetime.now(timezone.utc), clock.now(), time.process_time()
 
@@ -190,4 +191,4 @@ def run_line(run: Run, settings: Settings) -> str:
     line += f"{len(run.succeeded)} of {len(run.requests)} requests in {run.seconds:.1f} s"
     if failed:
         line += f", {failed} failed"
-    return line if run.ending == "whole" else f"{line}; ended by {ENDED_BY[run.ending]}"
+    return line if run.ending == "whole" else f"{line}; ended early: {run.ending}"

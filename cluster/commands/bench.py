@@ -59,8 +59,8 @@ def bench(options: Options, console: Console) -> None:
     settings = settings_of(options)
     check_outputs(options)
     clock = SystemClock()
-    clients = [client_of(server, place, settings, clock.now) for place, server in enumerate(settings.servers)]
-    measured = Bench(settings, clients, prompts_of(options, settings.seed), console.print, clock)
+    prompts = prompts_of(options, settings.seed)
+    measured = Bench(settings, lambda place: client_of(place, settings, clock.now), prompts, console.print, clock)
     try:
         asyncio.run(measured.measure())
     finally:
@@ -77,8 +77,8 @@ def write(measured: Bench, options: Options) -> None:
         plot(levels_of(measured.runs, measured.settings), measured.settings, file)
 
 
-def client_of(server: Server, place: int, settings: Settings, now: Now) -> Client:
-    key = os.environ.get(API_KEY_VARIABLE)
+def client_of(place: int, settings: Settings, now: Now) -> Client:
+    server, key = settings.servers[place], os.environ.get(API_KEY_VARIABLE)
     if place == settings.baseline:
         key = os.environ.get(COMPARE_KEY_VARIABLE, key)
     if server.url.startswith("http"):
