@@ -81,10 +81,9 @@ def remarks(level: Level, settings: Settings) -> Iterator[str]:
         figures = spreads(runs)
         errors = errors_of(runs)
         sent = sum(len(run.requests) for run in runs)
-        if runs and not errors:
-            yield f"{server.label}: {sent} requests, no errors; tokens by {counted_by(runs)}"
-        elif runs:
-            yield f"{server.label}: {errors.total()} of {sent} requests failed; tokens by {counted_by(runs)}"
+        if runs:
+            failed = f"{errors.total()} of {sent} requests failed" if errors else f"{sent} requests, no errors"
+            yield f"{server.label}: {failed}; output tokens counted by {counted_by(runs)}"
         for error, times in errors.most_common(MAX_ERRORS):
             yield f"{server.label}: {times} x {error}"
         if len(errors) > MAX_ERRORS:

@@ -39,7 +39,7 @@ def test_a_table_a_level_with_every_figure() -> None:
         assert words in result.output
     for label in ("output tokens/s", "requests/s", "TTFT, p50 ms", "TPOT, p95 ms", "gap, p99 ms", "latency, p99 ms"):
         assert result.output.count(f"│ {label}") == 3
-    assert "tokens by usage" in result.output
+    assert "output tokens counted by usage" in result.output
     assert len(server.bodies) == 1 + 3 * 2 * 4
     prompts = [tuple(body["prompt"]) for body in server.bodies]
     assert len(set(prompts)) == len(prompts)
@@ -126,7 +126,7 @@ def test_a_server_that_knows_neither_option_is_measured_by_its_chunks_and_it_is_
         result = run("--url", server.url, "--concurrency", "1", "--text-prompts")
     assert result.exit_code == 0
     assert "A takes no ignore_eos" in result.output
-    assert "tokens by chunks" in result.output
+    assert "output tokens counted by chunks" in result.output
     assert "completions are shorter than the 4 tokens asked for" in result.output
     assert all(isinstance(body["prompt"], str) for body in server.bodies)
 
