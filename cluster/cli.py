@@ -109,12 +109,78 @@ def generate(
     print()
 
 
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="A served model's name.")],
+    url: Annotated[
+        list[str] | None,
+        typer.Option(help=f"May be given several times. Default {DEFAULT_URL}, with --grpc {DEFAULT_GRPC}."),
+    ] = None,
+    grpc: Annotated[bool, typer.Option("--grpc", help="URLs without a scheme are gRPC's.")] = False,
+    compare: Annotated[str | None, typer.Option(help="A server to measure in turn; ratios to it are shown.")] = None,
+    compare_model: Annotated[str | None, typer.Option(help="The model's name there. Default: the same.")] = None,
+    concurrency: Annotated[str | None, typer.Option(help="Closed loops of so many workers. Default 1,4,8,16.")] = None,
+    rate: Annotated[str | None, typer.Option(help="Open loops of so many requests a second: 0.5,2.")] = None,
+    input_tokens: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 64,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Of each completion.")] = 32,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="Of each run. Default: 4 a worker, or for 10 s at a rate; at least 8.")
+    ] = None,
+    duration: Annotated[float | None, typer.Option(min=0.1, help="Seconds in which a run begins requests.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each load; the tables have their medians.")] = 3,
+    warmup: Annotated[int, typer.Option(min=1, help="First requests to each server, which do not count.")] = 4,
+    time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds after which a run is ended.")] = 600,
+    seed: Annotated[int | None, typer.Option(help="Of prompts and arrivals. Default: a new one each time.")] = None,
+    vocabulary: Annotated[int, typer.Option(min=4, help="Prompts are token ids from 3 to below it.")] = 500,
+    text_prompts: Annotated[bool, typer.Option("--text-prompts", help="Prompts are words, not token ids.")] = False,
+    prompt_file: Annotated[Path | None, typer.Option(help="Prompts are this file's lines.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all figures, settings and the machine to this file.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="With every request, in the JSON.")] = False,
+    plot: Annotated[
+        list[Path] | None, typer.Option(help="Draw the figures: NAME.png or NAME.svg; may be given twice.")
+    ] = None,
+) -> None:
+    """Load for any OpenAI-compatible server and for nibble over gRPC: throughput, time to first token, latency.
+
+    API keys are taken from the environment: NIBBLE_API_KEY, for --compare first NIBBLE_COMPARE_API_KEY.
+    """
+    from cluster.commands.bench import Options, bench
+
+    options = Options(
+        model=model,
+        urls=[each if "://" in each else client_url(each, grpc) for each in url or [default_url(grpc)]],
+        compare=compare if compare is None or "://" in compare else client_url(compare, grpc),
+        compare_model=compare_model,
+        concurrency=concurrency,
+        rate=rate,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        requests=requests,
+        duration=duration,
+        rounds=rounds,
+        warmup=warmup,
+        time_limit=time_limit,
+        seed=seed,
+        vocabulary=vocabulary,
+        text_prompts=text_prompts,
+        prompt_file=prompt_file,
+        json=json,
+        raw=raw,
+        plots=plot or [],
+    )
+    bench(options, plain_console())
+
+
 def client_url(url: str | None, grpc: bool) -> str:
     """With its scheme, which need not be given for gRPC."""
-    target = url or (DEFAULT_GRPC if grpc else DEFAULT_URL)
+    target = url or default_url(grpc)
     if not grpc or target.startswith(("grpc://", "grpcs://")):
         return target
     return f"grpc://{target}"
+
+
+def default_url(grpc: bool) -> str:
+    return DEFAULT_GRPC if grpc else DEFAULT_URL
 
 
 @app.command()
