@@ -17,7 +17,13 @@ import numpy as np
 from cluster.families import FAMILIES, FamilyName
 from cluster.hyperparameters import read_hyperparameters
 from cluster.layouts import LAYOUTS, tensor_rules
-from tests.random_tokenizer import TokenizerKind, byte_level_tokenizer, sentencepiece_model, tokenizer_files
+from tests.random_tokenizer import (
+    MISTRAL_WORDS,
+    TokenizerKind,
+    byte_level_tokenizer,
+    sentencepiece_model,
+    tokenizer_files,
+)
 
 # Tensors of (type, shape, data) by name.
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
@@ -37,6 +43,7 @@ class Shape(NamedTuple):
     type: str = "F16"
     config: tuple[tuple[str, Any], ...] = ()
     seed: int = 0
+    edges: bool = True  # see random_weights
     architecture: str | None = None  # of config.json, the family's first where None
     tokenizer: TokenizerKind | None = None  # None: a llama has sentencepiece's model, the others a byte-level BPE
 
@@ -100,6 +107,7 @@ OPENVINO_SHAPES: dict[str, Shape] = {
             ("eos_token_id", [316, 319]),
         ),
         seed=21,
+        edges=False,
         tokenizer="llama3",
     ),
     "llama-biases": Shape(
@@ -109,8 +117,9 @@ OPENVINO_SHAPES: dict[str, Shape] = {
         type="F32",
         config=(("attention_bias", True), ("rms_norm_eps", 1e-4), ("rope_scaling", {"type": "linear", "factor": 4.0})),
         seed=22,
+        edges=False,
     ),
-    "llama-one-head": Shape("llama", heads=1, layers=2, feed_forward=192, seed=23),
+    "llama-one-head": Shape("llama", heads=1, layers=2, feed_forward=192, seed=23, edges=False),
     "mistral": Shape(
         "llama",
         width=128,
@@ -120,6 +129,7 @@ OPENVINO_SHAPES: dict[str, Shape] = {
         type="BF16",
         config=(("num_key_value_heads", 2), ("rms_norm_eps", 1e-5), ("sliding_window", 16)),
         seed=24,
+        edges=False,
         architecture="MistralForCausalLM",
         tokenizer="mistral",
     ),
@@ -142,6 +152,7 @@ OPENVINO_SHAPES: dict[str, Shape] = {
             ("tie_word_embeddings", True),
         ),
         seed=25,
+        edges=False,
         architecture="Qwen2ForCausalLM",
         tokenizer="qwen2",
     ),
@@ -151,10 +162,11 @@ OPENVINO_SHAPES: dict[str, Shape] = {
         feed_forward=192,
         config=(("rotary_emb_base", 1000000), ("layer_norm_eps", 1e-6), ("hidden_act", "gelu_new")),
         seed=26,
+        edges=False,
     ),
-    "bloom-epsilon": Shape("bloom", layers=2, config=(("layer_norm_epsilon", 1e-6),), seed=27),
+    "bloom-epsilon": Shape("bloom", layers=2, config=(("layer_norm_epsilon", 1e-6),), seed=27, edges=False),
     "starcoder-epsilon": Shape(
-        "starcoder", layers=2, feed_forward=128, config=(("layer_norm_epsilon", 1e-6),), seed=28
+        "starcoder", layers=2, feed_forward=128, config=(("layer_norm_epsilon", 1e-6),), seed=28, edges=False
     ),
 }
 
@@ -174,22 +186,27 @@ def write_random_checkpoint(
     tensors = {}
     for name in sorted(shapes):
         full_name = name if base_names or name == layout.output else layout.prefix + name
-        tensors[full_name] = (shape.type, shapes[name], random_weights(name, shapes[name], shape.seed, shape.type))
+        weights = random_weights(name, shapes[name], shape.seed, shape.type, shape.edges)
+        tensors[full_name] = (shape.type, shapes[name], weights)
     (write or write_weights)(folder, tensors, shards)
     return folder
 
 
-def random_weights(name: str, shape: tuple[int, ...], seed: int, kind: str = "F16") -> bytes:
-    """Numbers between -1/8 and 1/8 (SplitMix64 of the position), as the given type. Each tensor begins with 64 zeros,
-    then 64 negative zeros, and has ties of greatest magnitude, where rounding and signs show."""
+def random_weights(name: str, shape: tuple[int, ...], seed: int, kind: str = "F16", edges: bool = True) -> bytes:
+    """Numbers between -1/8 and 1/8 (SplitMix64 of the position), as the given type. With `edges` each tensor begins
+    with 64 zeros, then 64 negative zeros, and has ties of greatest magnitude, where rounding and signs show. Without,
+    norms are around 1, so that a model computes something."""
     count = int(np.prod(shape))
     state = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     state += np.uint64(zlib.crc32(name.encode()) + (seed << 32))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
     numbers = ((state >> np.uint64(40)).astype(np.float32) - np.float32(1 << 23)) / np.float32(1 << 26)
-    numbers[:64], numbers[64:128] = 0.0, -0.0
-    numbers[192:256:2], numbers[193:256:2] = 0.125, -0.125
+    if edges:
+        numbers[:64], numbers[64:128] = 0.0, -0.0
+        numbers[192:256:2], numbers[193:256:2] = 0.125, -0.125
+    elif len(shape) == 1 and name.endswith(".weight"):
+        numbers += 1
     if kind == "BF16":
         return (numbers.view(np.uint32) >> 16).astype("<u2").tobytes()
     return numbers.astype({"F16": "<f2", "F32": "<f4"}[kind]).tobytes()
@@ -246,7 +263,8 @@ def write_tokenizer(folder: Path, shape: Shape) -> None:
         for name, content in tokenizer_files(shape.tokenizer, tokens).items():
             (folder / name).write_text(json.dumps(content))
     if shape.family == "llama" and shape.tokenizer in (None, "mistral"):
-        (folder / "tokenizer.model").write_bytes(sentencepiece_model(tokens))
+        words = MISTRAL_WORDS if shape.tokenizer == "mistral" else None
+        (folder / "tokenizer.model").write_bytes(sentencepiece_model(tokens, words))
         added = {f"<added_{i}>": i for i in range(tokens, shape.vocabulary)}
         if added:
             (folder / "added_tokens.json").write_text(json.dumps(added))
