@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from cluster.errors import ArtifactError, EngineError
 from cluster.hyperparameters import read_hyperparameters
+from cluster.isa import choose_isa
 from cluster.layouts import output_rows
 from cluster.manifest import Manifest
 from cluster.plan import plan_conversion
 from cluster.rotary import Rotary
 from cluster.weights import WeightsReader, weight_sources
+from deployments.engines.bigdl_model import load_model
+from deployments.engines.check import check_artifact
 from tests.conftest import convert_here
 from tests.random_checkpoint import OPENVINO_SHAPES, write_random_checkpoint
 
@@ -160,3 +166,23 @@ def test_hyperparameters(name: str, tmp_path: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     model = read_hyperparameters(checkpoint, config, shape.family)
     assert {field: getattr(model, field) for field in EXPECTED[name]} == EXPECTED[name]
+
+
+def test_the_check_is_of_the_engine_that_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[tuple[Path, int]] = []
+    module = types.ModuleType("deployments.engines.openvino_check")
+    module.check_openvino = lambda folder, threads: checked.append((folder, threads))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    mistral = Converted("mistral", tmp_path)
+    check_artifact(mistral.artifact, threads=3)
+    assert checked == [(mistral.artifact, 3)]
+    (mistral.artifact / mistral.manifest.binary).write_bytes(mistral.binary[:-1])
+    with pytest.raises(ArtifactError, match="the manifest puts"):
+        check_artifact(mistral.artifact, threads=3)
+    assert len(checked) == 1
+
+
+def test_bigdls_library_never_sees_it(tmp_path: Path) -> None:
+    qwen2 = Converted("qwen2", tmp_path)
+    with pytest.raises(EngineError, match=r"engine: found bigdl, this llama artifact allows openvino"):
+        load_model(qwen2.artifact, threads=1, context=64, isa=choose_isa())
