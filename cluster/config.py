@@ -90,11 +90,12 @@ class LoggingConfig(Record):
 
 
 class ReplicasConfig(Record):
-    """Serve adds replicas, from `min` to `max`, to keep `target_ongoing_requests` requests on each."""
+    """Serve adds replicas, from `min` to `max`, to keep `target_ongoing_requests` requests on each; null: half of the
+    queue's `max_ongoing`."""
 
     min: Annotated[int, Field(ge=1)] = 1
     max: Annotated[int, Field(ge=1)] = 1
-    target_ongoing_requests: Annotated[float, Field(gt=0)] = 2
+    target_ongoing_requests: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def min_at_most_max(self) -> ReplicasConfig:
@@ -104,10 +105,31 @@ class ReplicasConfig(Record):
 
 
 class QueueConfig(Record):
-    """A replica holds at most `max_ongoing` requests, the router `max_queued` more for it; the next one is refused."""
+    """A replica holds at most `max_ongoing` requests, the router `max_queued` more for it; the next one is refused.
+    `max_ongoing` null: what the engine is good for, 4 with bigdl, which computes one after the other, and 32 with
+    openvino, which computes them together."""
 
-    max_ongoing: Annotated[int, Field(ge=1)] = 4
+    max_ongoing: Annotated[int, Field(ge=1)] | None = None
     max_queued: Annotated[int, Field(ge=1)] = 64
+
+
+Tune = Literal["throughput", "latency", "precision"]
+
+
+class OpenvinoConfig(Record):
+    """Of models with `engine: openvino`. `tune`: what its settings for this node's CPU are chosen for: the tokens per
+    second of many sequences, or of one, or the precision of logits. `kv_cache`: bytes of a replica's cache; null is
+    room for `queue.max_ongoing` sequences of `context` tokens. `step_tokens`: computed together, at most; a longer
+    prompt is cut, so that the others' next tokens need not wait for all of it. `prompt_lookup`: how many tokens to
+    guess at a time from the text so far; 0 is off."""
+
+    tune: Tune = "throughput"
+    kv_cache: Annotated[ByteSize, Field(gt=0)] | None = None
+    step_tokens: Annotated[int, Field(ge=1)] = 128
+    prompt_lookup: Annotated[int, Field(ge=0, le=32)] = 0
+
+
+MAX_ONGOING: dict[EngineName, int] = {"bigdl": 4, "openvino": 32}
 
 
 class ModelConfig(Record):
@@ -125,6 +147,16 @@ class ModelConfig(Record):
     context: Annotated[int, Field(ge=8, le=1 << 20)] = 512
     replicas: ReplicasConfig = ReplicasConfig()
     queue: QueueConfig = QueueConfig()
+    openvino: OpenvinoConfig | None = None
+
+    @property
+    def max_ongoing(self) -> int:
+        """Requests that a replica holds."""
+        return self.queue.max_ongoing or MAX_ONGOING[self.engine]
+
+    @property
+    def target_ongoing_requests(self) -> float:
+        return self.replicas.target_ongoing_requests or self.max_ongoing / 2
 
     @property
     def ggml_type(self) -> Quantization:
@@ -136,6 +168,15 @@ class ModelConfig(Record):
         if value == ROUTER_NAME:
             raise ValueError(f"{ROUTER_NAME!r} is the name of nibble's own ingress deployment")
         return value
+
+    @model_validator(mode="after")
+    def options_of_the_engine(self) -> ModelConfig:
+        """What the engine would ignore is refused."""
+        if self.openvino is not None and self.engine != "openvino":
+            raise ValueError(f"openvino: options of engine openvino, but engine is {self.engine}; remove one of them")
+        if self.isa is not None and self.engine != "bigdl":
+            raise ValueError(f"isa: chooses a build of engine bigdl's library, but engine is {self.engine}; remove isa")
+        return self
 
 
 class NibbleConfig(Record):

@@ -63,12 +63,12 @@ def model_deployment(model: ModelConfig, wanted: Wanted, artifacts: ArtifactsCon
         .options(
             name=model.name,
             ray_actor_options={"num_cpus": model.threads},
-            max_ongoing_requests=queue.max_ongoing,
+            max_ongoing_requests=model.max_ongoing,
             max_queued_requests=queue.max_queued,
             autoscaling_config={
                 "min_replicas": replicas.min,
                 "max_replicas": replicas.max,
-                "target_ongoing_requests": replicas.target_ongoing_requests,
+                "target_ongoing_requests": model.target_ongoing_requests,
             },
         )
         .bind(model, wanted, artifacts)
@@ -79,7 +79,7 @@ def application(config: NibbleConfig, artifact_ids: Sequence[str]) -> Any:
     """The application of models whose artifacts are published already, `artifact_ids` in the order of the models: a
     replica then only fetches, and needs no CPU but its own."""
     # The router computes little, but a request holds a slot of it to its end: those a model may hold or queue.
-    slots = sum(m.queue.max_queued + m.queue.max_ongoing * m.replicas.max for m in config.models)
+    slots = sum(m.queue.max_queued + m.max_ongoing * m.replicas.max for m in config.models)
     ingress = serve.deployment(Ingress).options(
         name=ROUTER_NAME, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=slots + 100
     )

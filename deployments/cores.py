@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import EngineError
+from cluster.isa import available_cores
 
 MAX_SHARES = 64
 
@@ -65,3 +66,15 @@ def try_lock(path: Path) -> int | None:
         os.close(file)
         return None
     return file
+
+
+def check_cores(threads: int, cores: Sequence[int] | None) -> tuple[int, ...]:
+    """The cores that the engine's threads run on. Raises EngineError, naming the limit, for what this node has not."""
+    limit = available_cores()
+    if not 1 <= threads <= limit:
+        raise EngineError(f"threads: found {threads}, allowed on this node are 1 to {limit} (its cores or CPU quota)")
+    usable = os.sched_getaffinity(0)
+    chosen = tuple(sorted(set(cores))) if cores is not None else tuple(sorted(usable))
+    if not chosen or not set(chosen) <= usable:
+        raise EngineError(f"cores: found {list(chosen)}, allowed are some of {sorted(usable)}")
+    return chosen

@@ -17,12 +17,15 @@ from deployments.chat import Conversation
 from deployments.cores import CoreClaim, claim_cores
 from deployments.engines.base import Engine
 from deployments.engines.bigdl import BigdlEngine
+from deployments.engines.optional import load_openvino
 from deployments.generation import GenerationChunk, GenerationRequest, Prompt, embed_text, generate_text
 from deployments.text import Tokenizer
 
 
 def load_engine(model: ModelConfig, folder: Path, cores: tuple[int, ...] | None) -> Engine:
-    """The one place that knows which class runs which `engine:`."""
+    """The one place that knows which class runs which `engine:`. Raises EngineError where its package is missing."""
+    if model.engine == "openvino":
+        return load_openvino(folder, model.threads, model.context, model.max_ongoing, model.openvino, cores)
     return BigdlEngine(folder, threads=model.threads, context=model.context, cores=cores, isa=model.isa)
 
 

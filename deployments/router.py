@@ -110,7 +110,7 @@ class Router:
             return
         # No more at once than the replicas hold: the rest of a wide request waits here, not in the model's queue,
         # which it would fill.
-        slots = asyncio.Semaphore(model.config.queue.max_ongoing * model.config.replicas.max)
+        slots = asyncio.Semaphore(model.config.max_ongoing * model.config.replicas.max)
         chunks: asyncio.Queue[ChoiceChunk | BaseException | None] = asyncio.Queue()
 
         async def run(index: int, request: GenerationRequest) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from cluster.families import FAMILIES, FamilyName
 from cluster.hyperparameters import read_hyperparameters
@@ -43,7 +44,6 @@ class Shape(NamedTuple):
     type: str = "F16"
     config: tuple[tuple[str, Any], ...] = ()
     seed: int = 0
-    edges: bool = True  # see random_weights
     architecture: str | None = None  # of config.json, the family's first where None
     tokenizer: TokenizerKind | None = None  # None: a llama has sentencepiece's model, the others a byte-level BPE
 
@@ -107,7 +107,6 @@ OPENVINO_SHAPES: dict[str, Shape] = {
             ("eos_token_id", [316, 319]),
         ),
         seed=21,
-        edges=False,
         tokenizer="llama3",
     ),
     "llama-biases": Shape(
@@ -117,9 +116,8 @@ OPENVINO_SHAPES: dict[str, Shape] = {
         type="F32",
         config=(("attention_bias", True), ("rms_norm_eps", 1e-4), ("rope_scaling", {"type": "linear", "factor": 4.0})),
         seed=22,
-        edges=False,
     ),
-    "llama-one-head": Shape("llama", heads=1, layers=2, feed_forward=192, seed=23, edges=False),
+    "llama-one-head": Shape("llama", heads=1, layers=2, feed_forward=192, seed=23),
     "mistral": Shape(
         "llama",
         width=128,
@@ -129,7 +127,6 @@ OPENVINO_SHAPES: dict[str, Shape] = {
         type="BF16",
         config=(("num_key_value_heads", 2), ("rms_norm_eps", 1e-5), ("sliding_window", 16)),
         seed=24,
-        edges=False,
         architecture="MistralForCausalLM",
         tokenizer="mistral",
     ),
@@ -152,7 +149,6 @@ OPENVINO_SHAPES: dict[str, Shape] = {
             ("tie_word_embeddings", True),
         ),
         seed=25,
-        edges=False,
         architecture="Qwen2ForCausalLM",
         tokenizer="qwen2",
     ),
@@ -162,11 +158,10 @@ OPENVINO_SHAPES: dict[str, Shape] = {
         feed_forward=192,
         config=(("rotary_emb_base", 1000000), ("layer_norm_eps", 1e-6), ("hidden_act", "gelu_new")),
         seed=26,
-        edges=False,
     ),
-    "bloom-epsilon": Shape("bloom", layers=2, config=(("layer_norm_epsilon", 1e-6),), seed=27, edges=False),
+    "bloom-epsilon": Shape("bloom", layers=2, config=(("layer_norm_epsilon", 1e-6),), seed=27),
     "starcoder-epsilon": Shape(
-        "starcoder", layers=2, feed_forward=128, config=(("layer_norm_epsilon", 1e-6),), seed=28, edges=False
+        "starcoder", layers=2, feed_forward=128, config=(("layer_norm_epsilon", 1e-6),), seed=28
     ),
 }
 
@@ -186,30 +181,47 @@ def write_random_checkpoint(
     tensors = {}
     for name in sorted(shapes):
         full_name = name if base_names or name == layout.output else layout.prefix + name
-        weights = random_weights(name, shapes[name], shape.seed, shape.type, shape.edges)
-        tensors[full_name] = (shape.type, shapes[name], weights)
+        tensors[full_name] = (shape.type, shapes[name], random_weights(name, shapes[name], shape.seed, shape.type))
     (write or write_weights)(folder, tensors, shards)
     return folder
 
 
-def random_weights(name: str, shape: tuple[int, ...], seed: int, kind: str = "F16", edges: bool = True) -> bytes:
-    """Numbers between -1/8 and 1/8 (SplitMix64 of the position), as the given type. With `edges` each tensor begins
-    with 64 zeros, then 64 negative zeros, and has ties of greatest magnitude, where rounding and signs show. Without,
-    norms are around 1, so that a model computes something."""
-    count = int(np.prod(shape))
+def random_weights(name: str, shape: tuple[int, ...], seed: int, kind: str = "F16") -> bytes:
+    """Numbers between -1/8 and 1/8, as the given type. Each tensor begins with 64 zeros, then 64 negative zeros, and
+    has ties of greatest magnitude, where rounding and signs show."""
+    numbers = uniform_numbers(name, int(np.prod(shape)), seed) / np.float32(8)
+    numbers[:64], numbers[64:128] = 0.0, -0.0
+    numbers[192:256:2], numbers[193:256:2] = 0.125, -0.125
+    return as_type(numbers, kind)
+
+
+def uniform_numbers(name: str, count: int, seed: int) -> npt.NDArray[np.float32]:
+    """Between -1 and 1: SplitMix64 of the position."""
     state = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     state += np.uint64(zlib.crc32(name.encode()) + (seed << 32))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
-    numbers = ((state >> np.uint64(40)).astype(np.float32) - np.float32(1 << 23)) / np.float32(1 << 26)
-    if edges:
-        numbers[:64], numbers[64:128] = 0.0, -0.0
-        numbers[192:256:2], numbers[193:256:2] = 0.125, -0.125
-    elif len(shape) == 1 and name.endswith(".weight"):
-        numbers += 1
+    return ((state >> np.uint64(40)).astype(np.float32) - np.float32(1 << 23)) / np.float32(1 << 23)
+
+
+def as_type(numbers: npt.NDArray[np.float32], kind: str) -> bytes:
     if kind == "BF16":
         return (numbers.view(np.uint32) >> 16).astype("<u2").tobytes()
     return numbers.astype({"F16": "<f2", "F32": "<f4"}[kind]).tobytes()
+
+
+def write_lively_weights(folder: Path, tensors: Tensors, shards: int = 1) -> None:
+    """For `write_random_checkpoint`: other numbers, with which logits depend on every tensor as those of a trained
+    model do: the gains of norms are around 1, and matrices neither shrink nor blow up what goes through them."""
+    lively: Tensors = {}
+    for name, (kind, shape, _) in tensors.items():
+        numbers = uniform_numbers(name, int(np.prod(shape)), seed=1)
+        if len(shape) == 2:
+            numbers *= np.float32((3 / shape[1]) ** 0.5)
+        elif name.endswith(".weight"):
+            numbers = 1 + numbers / np.float32(4)
+        lively[name] = (kind, shape, as_type(numbers.astype(np.float32), kind))
+    write_weights(folder, lively, shards)
 
 
 def write_weights(folder: Path, tensors: Tensors, shards: int = 1) -> None:

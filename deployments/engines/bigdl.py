@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TypeVar
 
-from cluster.errors import EngineError, InvalidRequestError
-from cluster.isa import Isa, available_cores, choose_isa
+from cluster.errors import EngineError
+from cluster.isa import Isa, choose_isa
+from deployments.cores import check_cores
 from deployments.engines.base import FinishReason, Token, TokenRequest
 from deployments.engines.bigdl_model import CachedModel, PrefillCancelledError, load_model
+from deployments.engines.handover import Handover, closed_error
+from deployments.engines.requests import check_request
 from deployments.sampling import Sampler, log_probabilities
 
 T = TypeVar("T")
@@ -69,7 +71,7 @@ class BigdlEngine:
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[list[Token], None]:
         """See Engine.generate. Raises InvalidRequestError for a prompt or max_tokens that cannot be served."""
-        self._check(request)
+        check_request(request, self.context, self.vocab_size)
         with self._job(partial(self._generate, request)) as handover:
             while True:
                 tokens = await handover.take()
@@ -122,26 +124,13 @@ class BigdlEngine:
         self._worker.shutdown(wait=True, cancel_futures=True)
         self._model.close()
 
-    def _check(self, request: TokenRequest) -> None:
-        if request.max_tokens < 1:
-            raise InvalidRequestError(
-                f"max_tokens: found {request.max_tokens}, allowed are 1 and more", field="max_tokens"
-            )
-        self._model.check_prompt(request.prompt)
-        if len(request.prompt) >= self.context:
-            raise InvalidRequestError(
-                f"prompt: found {len(request.prompt)} tokens, allowed are {self.context - 1}:"
-                f" the context of {self.context} tokens must hold at least one new token",
-                field="prompt",
-            )
-
     @contextmanager
-    def _job(self, work: Callable[[_Handover[T]], None]) -> Iterator[_Handover[T]]:
+    def _job(self, work: Callable[[Handover[T]], None]) -> Iterator[Handover[T]]:
         """Runs `work` when its turn comes; what it puts into the handover is taken within the context."""
-        handover: _Handover[T] = _Handover(asyncio.get_running_loop())
+        handover: Handover[T] = Handover(asyncio.get_running_loop())
         job = self._submit(lambda: self._run(work, handover))
         # A job that `close` drops from the queue must not leave its task waiting.
-        job.add_done_callback(lambda job: handover.fail(_closed()) if job.cancelled() else None)
+        job.add_done_callback(lambda job: handover.fail(closed_error()) if job.cancelled() else None)
         try:
             yield handover
         finally:
@@ -151,7 +140,7 @@ class BigdlEngine:
 
     def _submit(self, job: Callable[[], T]) -> Future[T]:
         if self._closed:
-            raise _closed()
+            raise closed_error()
         return self._worker.submit(job)
 
     def _load(self, folder: Path) -> CachedModel:
@@ -165,18 +154,18 @@ class BigdlEngine:
             raise
         return model
 
-    def _run(self, work: Callable[[_Handover[T]], None], handover: _Handover[T]) -> None:
+    def _run(self, work: Callable[[Handover[T]], None], handover: Handover[T]) -> None:
         self._counters.requests += 1
         try:
             work(handover)
         except PrefillCancelledError:
             self._counters.cancelled += 1
-            handover.fail(_closed())
+            handover.fail(closed_error())
         except BaseException as error:  # noqa: BLE001 - it is raised again in the task that waits for the tokens
             self._model.forget()
             handover.fail(error)
 
-    def _generate(self, request: TokenRequest, handover: _Handover[Token]) -> None:
+    def _generate(self, request: TokenRequest, handover: Handover[Token]) -> None:
         counters, model, cancelled = self._counters, self._model, self._cancelled(handover)
         sampler = Sampler(request.sampling, request.prompt, request.eos_token_ids, request.mask)
         logits, reused = model.prefill(request.prompt, cancelled)
@@ -199,7 +188,7 @@ class BigdlEngine:
                 return
             logits = model.decode(token)
 
-    def _score(self, prompt: Sequence[int], logprobs: int, handover: _Handover[list[Token]]) -> None:
+    def _score(self, prompt: Sequence[int], logprobs: int, handover: Handover[list[Token]]) -> None:
         tokens = [Token(prompt[0])]
         rows = self._model.logits_before(prompt, self._cancelled(handover))
         for token, logits in zip(prompt[1:], rows, strict=True):
@@ -207,13 +196,13 @@ class BigdlEngine:
         self._counters.scored_tokens += len(prompt)
         handover.put(tokens)
 
-    def _embed(self, prompt: Sequence[int], handover: _Handover[list[float]]) -> None:
+    def _embed(self, prompt: Sequence[int], handover: Handover[list[float]]) -> None:
         vector, reused = self._model.embed(prompt, self._cancelled(handover))
         self._counters.prompt_tokens += len(prompt)
         self._counters.reused_tokens += reused
         handover.put(vector.tolist())
 
-    def _cancelled(self, handover: _Handover[T]) -> Callable[[], bool]:
+    def _cancelled(self, handover: Handover[T]) -> Callable[[], bool]:
         return lambda: handover.cancelled or self._closed
 
     def _check_books(self) -> None:
@@ -221,66 +210,3 @@ class BigdlEngine:
         counters = self._counters
         if min(asdict(counters).values()) < 0 or counters.cancelled > counters.requests:
             raise EngineError(f"counters do not add up: {counters}")
-
-
-class _Handover(Generic[T]):
-    """Tokens (or another result) from the worker thread to the task that awaits them; a slow taker gets several at
-    once."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._ready = asyncio.Event()
-        self._lock = threading.Lock()
-        self._items: list[T] = []
-        self._error: BaseException | None = None
-        self.cancelled = False
-
-    def put(self, item: T) -> None:
-        with self._lock:
-            self._items.append(item)
-            first = len(self._items) == 1
-        if first:
-            self._wake()
-
-    def fail(self, error: BaseException) -> None:
-        with self._lock:
-            self._error = error
-        self._wake()
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-    async def take(self) -> list[T]:
-        """At least one item, in order. Raises what `fail` was given once the items before it are taken."""
-        while True:
-            await self._ready.wait()
-            with self._lock:
-                items, self._items = self._items, []
-                if self._error is None:
-                    self._ready.clear()
-            if items:
-                return items
-            if self._error is not None:
-                raise self._error
-
-    def _wake(self) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._ready.set)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            self.cancelled = True
-
-
-def _closed() -> EngineError:
-    return EngineError("the engine is closed")
-
-
-def check_cores(threads: int, cores: Sequence[int] | None) -> tuple[int, ...]:
-    """The cores that the engine's threads run on. Raises EngineError, naming the limit, for what this node has not."""
-    limit = available_cores()
-    if not 1 <= threads <= limit:
-        raise EngineError(f"threads: found {threads}, allowed on this node are 1 to {limit} (its cores or CPU quota)")
-    usable = os.sched_getaffinity(0)
-    chosen = tuple(sorted(set(cores))) if cores is not None else tuple(sorted(usable))
-    if not chosen or not set(chosen) <= usable:
-        raise EngineError(f"cores: found {list(chosen)}, allowed are some of {sorted(usable)}")
-    return chosen

@@ -13,6 +13,7 @@ from cluster.isa import Isa
 from cluster.manifest import Manifest
 from deployments.engines.base import Logits
 from deployments.engines.bigdl_library import Floats, NativeModel, load_native
+from deployments.engines.requests import check_ids, check_prompt
 
 # Tokens of a prompt evaluated as one batch. Larger ones are not faster on any family, and bloom's library sizes its
 # work space for short contexts: a batch of 512 at 2,048 tokens of context makes it abort.
@@ -89,18 +90,12 @@ class CachedModel:
     def detokenize(self, tokens: Sequence[int]) -> bytes:
         """Bytes, since a character may be spread over several tokens. bloom's library knows a partial character only as
         U+FFFD."""
-        self._check_ids(tokens)
+        check_ids(tokens, self.vocab_size)
         return b"".join(self._native.token_bytes(token) for token in tokens)
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
         """Raises InvalidRequestError(field="prompt") for what the library must not see."""
-        if not prompt:
-            raise InvalidRequestError("prompt: found no tokens, at least 1 is needed", field="prompt")
-        if len(prompt) > self.context:
-            raise InvalidRequestError(
-                f"prompt: found {len(prompt)} tokens, the context holds {self.context}", field="prompt"
-            )
-        self._check_ids(prompt)
+        check_prompt(prompt, self.context, self.vocab_size)
 
     def forget(self) -> None:
         """Nothing of the cache is reused from here on."""
@@ -115,14 +110,6 @@ class CachedModel:
 
     def close(self) -> None:
         self._native.close()
-
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        low, high = min(ids, default=0), max(ids, default=0)
-        if low < 0 or high >= self.vocab_size:
-            wrong = low if low < 0 else high
-            raise InvalidRequestError(
-                f"prompt: found token id {wrong}, allowed are 0 to {self.vocab_size - 1}", field="prompt"
-            )
 
     def _reusable(self, ids: list[int]) -> int:
         """Tokens of the common prefix in whole blocks, leaving at least one token to evaluate."""

@@ -22,12 +22,10 @@ from cluster.isa import choose_isa
 from cluster.manifest import Manifest, TensorEntry
 from deployments.engines.base import Logits
 from deployments.engines.bigdl_model import BLOCK, POSITION_TENSOR, CachedModel, load_model
+from deployments.engines.ggml_blocks import BLOCKS
+from deployments.engines.optional import require_openvino
 
-# Blocks of 64 weights, a scale first; and the greatest number that a scale is multiplied with.
-BLOCKS = {
-    "q4_0": np.dtype([("scale", "<f2"), ("weights", "u1", BLOCK_WEIGHTS // 2)]),
-    "q8_0": np.dtype([("scale", "<f4"), ("weights", "i1", BLOCK_WEIGHTS)]),
-}
+# The greatest number that a block's scale is multiplied with.
 GREATEST = {"q4_0": 8, "q8_0": 127}
 SLAB_BYTES = 32 << 20
 
@@ -47,8 +45,8 @@ def check_artifact(folder: Path, threads: int = 1) -> None:
     if "bigdl" in manifest.engines:
         check_bigdl(folder, threads, manifest)
         return
-    # Only here: the engine's package need not be installed.
-    from deployments.engines.openvino_check import check_openvino  # type: ignore[import-not-found,unused-ignore]
+    require_openvino()
+    from deployments.engines.openvino_check import check_openvino
 
     check_openvino(folder, threads)
 

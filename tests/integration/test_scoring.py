@@ -18,7 +18,8 @@ from cluster.manifest import Manifest
 from deployments.engines.base import Logits, SamplingParams, Token, TokenRequest
 from deployments.engines.bigdl import BigdlEngine
 from deployments.engines.bigdl_model import BLOCK, OUTPUT_TENSORS, PrefillCancelledError, load_model
-from deployments.engines.check import BLOCKS, relative_rms
+from deployments.engines.check import relative_rms
+from deployments.engines.ggml_blocks import BLOCKS
 from deployments.text import Tokenizer
 
 Artifact = Callable[[FamilyName], Path]

@@ -23,7 +23,7 @@ from cluster.weights import WeightsReader, weight_sources
 from deployments.engines.bigdl_model import load_model
 from deployments.engines.check import check_artifact
 from tests.conftest import convert_here
-from tests.random_checkpoint import OPENVINO_SHAPES, write_random_checkpoint
+from tests.random_checkpoint import OPENVINO_SHAPES, write_lively_weights, write_random_checkpoint
 
 Array = npt.NDArray[np.float32]
 BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 32)])
@@ -34,7 +34,7 @@ class Converted:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.shape = OPENVINO_SHAPES[name]
-        self.checkpoint = write_random_checkpoint(folder / "checkpoint", self.shape)
+        self.checkpoint = write_random_checkpoint(folder / "checkpoint", self.shape, write=write_lively_weights)
         self.artifact = convert_here(self.checkpoint, self.shape.family, folder / "artifact")
         self.manifest = Manifest.read(self.artifact)
         self.binary = (self.artifact / self.manifest.binary).read_bytes()

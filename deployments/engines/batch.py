@@ -1,0 +1,104 @@
+"""One step of continuous batching: schedule, run the graph, hand out what came of it. In one thread at a time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from cluster.errors import EngineError
+from deployments.engines.base import Logits
+from deployments.engines.openvino_jobs import Hidden, Job, ScoreJob
+from deployments.engines.paged_model import PagedModel, Work
+from deployments.engines.scheduler import Piece, Scheduler
+
+
+@dataclass
+class Counters:
+    """`reused_tokens`: of prompts, taken from the KV cache. `guessed_tokens` were looked up in the text so far,
+    `accepted_tokens` of them were right. `cancelled`: of `requests`. `steps`: runs of the graph."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    scored_tokens: int = 0
+    generated_tokens: int = 0
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
+    cancelled: int = 0
+    steps: int = 0
+
+
+class Batch:
+    """The sequences under way on one model."""
+
+    def __init__(self, model: PagedModel, scheduler: Scheduler[Job]) -> None:
+        self.counters = Counters()
+        self._model, self._scheduler = model, scheduler
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [*self._scheduler.running, *self._scheduler.waiting]
+
+    def add(self, job: Job) -> None:
+        self.counters.requests += 1
+        self._scheduler.add(job)
+
+    def step(self) -> None:
+        """Raises EngineError where the model fails; call `drop` then."""
+        for job in self.jobs:
+            if job.handover.cancelled:
+                self.counters.cancelled += 1
+                self._scheduler.remove(job)
+        pieces = self._scheduler.step()
+        if not pieces:
+            return
+        rows = [piece.sequence.rows(piece) for piece in pieces]
+        works = [Work(p.tokens, p.start, p.sequence.table, wanted) for p, wanted in zip(pieces, rows, strict=True)]
+        logits, hidden = self._model.step(works)
+        self.counters.steps += 1
+        if not np.isfinite(logits).all():
+            raise EngineError("the logits are not finite: the artifact or the checkpoint is damaged")
+        stop = 0
+        for piece, wanted in zip(pieces, rows, strict=True):
+            start, stop = stop, stop + len(wanted)
+            self._receive(piece, logits[start:stop], hidden[start:stop])
+
+    def drop(self, error: BaseException) -> None:
+        """Ends all sequences with the error, and shares nothing of what was computed."""
+        for job in self.jobs:
+            job.handover.fail(error)
+            self._scheduler.remove(job)
+        self._scheduler.pool.forget()
+
+    def check_integrity(self) -> None:
+        """Raises EngineError where the books do not add up."""
+        self._scheduler.check_integrity()
+        counters = self.counters
+        if (
+            min(asdict(counters).values()) < 0
+            or counters.cancelled > counters.requests
+            or counters.accepted_tokens > counters.guessed_tokens
+        ):
+            raise EngineError(f"counters do not add up: {counters}")
+
+    def _receive(self, piece: Piece[Job], logits: Logits, hidden: Hidden) -> None:
+        job, counters, before = piece.sequence, self.counters, piece.sequence.new_tokens
+        try:
+            computed, ended = job.receive(piece, logits, hidden)
+        except Exception as error:  # noqa: BLE001 - it is raised again in the task that waits for this sequence alone
+            job.handover.fail(error)
+            self._scheduler.remove(job)
+            return
+        if piece.last and before == 0:
+            counters.reused_tokens += job.reused or 0
+            if isinstance(job, ScoreJob):
+                counters.scored_tokens += len(job.tokens)
+            else:
+                counters.prompt_tokens += piece.start + len(piece.tokens)
+        counters.generated_tokens += job.new_tokens - before
+        counters.guessed_tokens += piece.guessed
+        counters.accepted_tokens += computed - (piece.start + len(piece.tokens) - piece.guessed)
+        self._scheduler.advance(job, computed)
+        if ended:
+            self._scheduler.remove(job)

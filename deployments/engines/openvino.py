@@ -1,0 +1,194 @@
+"""The openvino engine: many sequences at once over OpenVINO's paged attention, by nibble's own scheduler.
+
+Logits come back to nibble, so that sampling, masks, log probabilities, seeds, scores and embeddings are those of every
+other engine. One thread owns the model; each turn of its loop takes what came in and runs one step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+from cluster.config import OpenvinoConfig
+from cluster.errors import EngineError
+from deployments.cores import check_cores
+from deployments.engines.base import Token, TokenRequest
+from deployments.engines.batch import Batch
+from deployments.engines.handover import Handover, closed_error
+from deployments.engines.openvino_jobs import EmbedJob, GenerateJob, Job, ScoreJob
+from deployments.engines.openvino_weights import derived_weights
+from deployments.engines.paged_cache import BLOCK_TOKENS, BlockPool
+from deployments.engines.paged_model import PagedModel
+from deployments.engines.requests import check_prompt, check_request
+from deployments.engines.scheduler import Scheduler
+from deployments.engines.tuning import choose_settings
+
+T = TypeVar("T")
+
+
+class OpenvinoEngine:
+    name = "openvino"
+
+    def __init__(
+        self,
+        folder: Path,
+        threads: int,
+        context: int,
+        max_running: int,
+        options: OpenvinoConfig,
+        cores: Sequence[int] | None = None,
+    ) -> None:
+        """Loads the artifact in `folder` with `threads` threads on `cores` (by default all that the process may use),
+        for at most `max_running` sequences in a step.
+
+        Raises EngineError for threads and cores that this process has not, a context that the model has not, a KV
+        cache too small for one sequence, and what OpenVINO cannot compile; ArtifactError for a damaged artifact.
+        """
+        self.threads, self.context = threads, context
+        self.cores = check_cores(threads, cores)
+        self._options, self._max_running = options, max_running
+        self._incoming: deque[Job | Callable[[], None]] = deque()
+        self._came = threading.Condition()
+        self._closed = False
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="openvino")
+        try:
+            self._batch = self._worker.submit(self._load, folder).result()
+        except BaseException:
+            self._worker.shutdown()
+            raise
+        self._worker.submit(self._loop)
+
+    async def generate(self, request: TokenRequest) -> AsyncGenerator[list[Token], None]:
+        """See Engine.generate. Raises InvalidRequestError for a prompt or max_tokens that cannot be served."""
+        check_request(request, self.context, self.vocab_size)
+        handover: Handover[Token] = Handover(asyncio.get_running_loop())
+        with self._submitted(GenerateJob(request, self.context, self._options.prompt_lookup, handover)):
+            while True:
+                tokens = await handover.take()
+                yield tokens
+                if tokens[-1].finish_reason is not None:
+                    return
+
+    async def score(self, prompt: Sequence[int], logprobs: int) -> list[Token]:
+        """See Engine.score. Raises InvalidRequestError for a prompt that cannot be served."""
+        check_prompt(prompt, self.context, self.vocab_size)
+        handover: Handover[list[Token]] = Handover(asyncio.get_running_loop())
+        with self._submitted(ScoreJob(prompt, logprobs, handover)):
+            return (await handover.take())[0]
+
+    async def embed(self, prompt: Sequence[int]) -> list[float]:
+        """See Engine.embed. Raises InvalidRequestError for a prompt that cannot be served."""
+        check_prompt(prompt, self.context, self.vocab_size)
+        handover: Handover[list[float]] = Handover(asyncio.get_running_loop())
+        with self._submitted(EmbedJob(prompt, handover)):
+            return (await handover.take())[0]
+
+    def info(self) -> dict[str, str | int | float]:
+        settings = self._settings
+        return {
+            "engine": self.name,
+            "precision": settings.precision + (", 8-bit activations" if settings.quantized_activations else ""),
+            "threads": self.threads,
+            "cores": ",".join(str(core) for core in self.cores),
+            "context": self.context,
+            "kv_cache_tokens": self._pool.size * BLOCK_TOKENS,
+            **asdict(self._batch.counters),
+        }
+
+    def check_integrity(self) -> None:
+        """Raises EngineError where the engine's books do not add up. Waits for the end of the running step."""
+        checked: Future[None] = Future()
+
+        def check() -> None:
+            try:
+                self._batch.check_integrity()
+                checked.set_result(None)
+            except EngineError as error:
+                checked.set_exception(error)
+
+        self._send(check)
+        checked.result()
+
+    def close(self) -> None:
+        """Ends all sequences after the running step and frees the model's memory."""
+        if self._closed:
+            return
+        with self._came:
+            self._closed = True
+            self._came.notify()
+        self._worker.shutdown(wait=True)
+        self._batch.drop(closed_error())
+        del self._batch
+
+    def _load(self, folder: Path) -> Batch:
+        # Before OpenVINO starts its threads: they inherit the mask of this one.
+        os.sched_setaffinity(0, self.cores)
+        weights, model = derived_weights(folder)
+        if not 1 <= self.context <= (model.context or self.context):
+            raise EngineError(f"context: found {self.context}, allowed for this model is 1 to {model.context}")
+        self.vocab_size = model.vocabulary
+        self._settings = choose_settings(weights, model, self.threads, self._options.tune)
+        paged = PagedModel(weights, model, self.threads, self._settings)
+        self._pool = BlockPool(self._blocks(paged.block_bytes))
+        paged.allocate(self._pool.size)
+        return Batch(paged, Scheduler(self._pool, self._options.step_tokens, self._max_running))
+
+    def _blocks(self, block_bytes: int) -> int:
+        needed = -(-self.context // BLOCK_TOKENS)
+        if self._options.kv_cache is None:
+            return needed * self._max_running
+        blocks = int(self._options.kv_cache) // block_bytes
+        if blocks < needed:
+            raise EngineError(
+                f"openvino.kv_cache: found {self._options.kv_cache} bytes, allowed are {needed * block_bytes} and more:"
+                f" what one sequence of {self.context} tokens needs"
+            )
+        return blocks
+
+    @contextmanager
+    def _submitted(self, job: Job) -> Iterator[None]:
+        self._send(job)
+        try:
+            yield
+        finally:
+            job.handover.cancel()  # it is dropped before the next step, unless it has ended
+
+    def _send(self, item: Job | Callable[[], None]) -> None:
+        with self._came:
+            if self._closed:
+                raise closed_error()
+            self._incoming.append(item)
+            self._came.notify()
+
+    def _loop(self) -> None:
+        batch = self._batch
+        while True:
+            with self._came:
+                while not self._incoming and not batch.jobs and not self._closed:
+                    self._came.wait()
+                incoming = list(self._incoming)
+                self._incoming.clear()
+                if self._closed:
+                    break
+            for item in incoming:
+                if isinstance(item, Job):
+                    batch.add(item)
+                else:
+                    item()
+            try:
+                batch.step()
+            except Exception as error:  # noqa: BLE001 - it is raised again in the tasks that wait for the sequences
+                batch.drop(error)
+        for item in incoming:
+            if isinstance(item, Job):
+                item.handover.fail(closed_error())
+            else:
+                item()

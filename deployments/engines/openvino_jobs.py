@@ -1,0 +1,112 @@
+"""What a step's results mean for each kind of request: generate, score, embed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from deployments.engines.base import FinishReason, Logits, Token, TokenRequest
+from deployments.engines.handover import Handover
+from deployments.engines.prompt_lookup import look_up
+from deployments.engines.scheduler import Piece, Running
+from deployments.sampling import Sampler, log_probabilities
+
+Hidden = npt.NDArray[np.float32]
+
+
+class Job(Running):
+    """A request under way. `handover` is where its results go."""
+
+    handover: Handover[Any]
+    new_tokens = 0  # generated
+
+    def rows(self, piece: Piece[Job]) -> Sequence[int]:
+        """Of which of the piece's tokens logits and hidden states are needed."""
+        raise NotImplementedError
+
+    def receive(self, piece: Piece[Job], logits: Logits, hidden: Hidden) -> tuple[int, bool]:
+        """Takes those of `rows`. Returns how many of its tokens are right in the cache, and whether it has ended."""
+        raise NotImplementedError
+
+
+class GenerateJob(Job):
+    """`lookup`: how many tokens to guess from the text so far. A guess is compared with the token that nibble's own
+    sampling draws at its place, which depends on nothing but logits, seed and position: what comes out is the same with
+    and without guesses, whatever the sampling."""
+
+    def __init__(self, request: TokenRequest, context: int, lookup: int, handover: Handover[Token]) -> None:
+        super().__init__(list(request.prompt))
+        self.handover = handover
+        self._request = request
+        self._limit = min(request.max_tokens, context - len(request.prompt))
+        self._lookup = lookup
+        self._sampler = Sampler(request.sampling, request.prompt, request.eos_token_ids, request.mask)
+
+    def guesses(self, limit: int) -> Sequence[int]:
+        limit = min(limit, self._lookup, self._limit - self.new_tokens - 1)
+        return look_up(self.tokens, limit) if limit > 0 else ()
+
+    def rows(self, piece: Piece[Job]) -> Sequence[int]:
+        count = len(piece.tokens)
+        return range(count - piece.guessed - 1, count) if piece.last else ()
+
+    def receive(self, piece: Piece[Job], logits: Logits, hidden: Hidden) -> tuple[int, bool]:
+        computed = piece.start + len(piece.tokens) - piece.guessed
+        for row, guess in zip(logits, [*piece.tokens[len(piece.tokens) - piece.guessed :], None], strict=False):
+            token, ended = self._next(row)
+            if ended or token != guess:
+                return computed, ended
+            computed += 1
+        return computed, False
+
+    def _next(self, logits: Logits) -> tuple[int, bool]:
+        request = self._request
+        token = self._sampler.next(logits)
+        self.tokens.append(token)
+        self.new_tokens += 1
+        reason: FinishReason | None = "length" if self.new_tokens == self._limit else None
+        if token in request.eos_token_ids:
+            reason = "stop"
+        logged = log_probabilities(logits, token, request.logprobs) if request.logprobs is not None else ()
+        self.handover.put(Token(token, reason, *logged))
+        return token, reason is not None
+
+
+class ScoreJob(Job):
+    """Needs the logits of every token, so it shares nothing that was computed before."""
+
+    def __init__(self, prompt: Sequence[int], logprobs: int, handover: Handover[list[Token]]) -> None:
+        super().__init__(list(prompt), shares=False)
+        self.handover = handover
+        self._logprobs = logprobs
+        self._scored = [Token(prompt[0])]
+
+    def rows(self, piece: Piece[Job]) -> Sequence[int]:
+        return range(len(piece.tokens))
+
+    def receive(self, piece: Piece[Job], logits: Logits, hidden: Hidden) -> tuple[int, bool]:
+        for position, row in enumerate(logits, piece.start + 1):
+            # Where it had to give its blocks up, positions come a second time.
+            if position == len(self._scored) < len(self.tokens):
+                token = self.tokens[position]
+                self._scored.append(Token(token, None, *log_probabilities(row, token, self._logprobs)))
+        if piece.last:
+            self.handover.put(self._scored)
+        return piece.start + len(piece.tokens), piece.last
+
+
+class EmbedJob(Job):
+    def __init__(self, prompt: Sequence[int], handover: Handover[list[float]]) -> None:
+        super().__init__(list(prompt))
+        self.handover = handover
+
+    def rows(self, piece: Piece[Job]) -> Sequence[int]:
+        return (len(piece.tokens) - 1,) if piece.last else ()
+
+    def receive(self, piece: Piece[Job], logits: Logits, hidden: Hidden) -> tuple[int, bool]:
+        if piece.last:
+            self.handover.put(hidden[-1].tolist())
+        return piece.start + len(piece.tokens), piece.last

@@ -1,0 +1,59 @@
+"""Which settings of OpenVINO's CPU plugin are the fastest on this node: tried on a model's first layers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+from cluster.config import Tune
+from cluster.hyperparameters import Hyperparameters
+from cluster.isa import cpu_flags
+from deployments.engines.openvino_weights import DerivedWeights
+from deployments.engines.paged_cache import BLOCK_TOKENS
+from deployments.engines.paged_model import PagedModel, Settings, Work
+
+logger = logging.getLogger("ray.serve")
+
+PROBED_LAYERS = 2
+PROBES = 8
+NEARLY = 1.15  # times the shortest
+# Sequences that decode together: what each aim is measured on.
+SEQUENCES: dict[Tune, int] = {"latency": 1, "throughput": 8}
+
+EXACT = Settings(precision="f32", quantized_activations=False, cache="f16")
+
+
+def choose_settings(weights: DerivedWeights, model: Hyperparameters, threads: int, tune: Tune) -> Settings:
+    """`precision`: activations are not rounded, and nothing is tried out. The others try each candidate for some tens
+    of steps of the first layers, with weights of the model itself, and take the one whose fastest step is shortest; the
+    first that is nearly so, since replicas that choose differently give different tokens."""
+    if tune == "precision":
+        return EXACT
+    tried = {}
+    for settings in candidates(cpu_flags()):
+        probe = PagedModel(weights, model, threads, settings, layers=min(PROBED_LAYERS, model.layers))
+        probe.allocate(SEQUENCES[tune])
+        works = [Work([0], BLOCK_TOKENS // 2, [number], [0]) for number in range(SEQUENCES[tune])]
+        tried[settings] = shortest(partial(probe.step, works))
+    chosen = next(settings for settings, seconds in tried.items() if seconds <= NEARLY * min(tried.values()))
+    logger.info("openvino: %s: %s", tune, {str(s): f"{1000 * seconds:.2f} ms" for s, seconds in tried.items()})
+    return chosen
+
+
+def candidates(flags: frozenset[str]) -> list[Settings]:
+    """bf16 only where the CPU multiplies it: elsewhere it is emulated."""
+    precisions = ["f32", "bf16"] if flags & {"avx512_bf16", "amx_bf16"} else ["f32"]
+    return [Settings(precision, quantized) for precision in precisions for quantized in (True, False)]
+
+
+def shortest(step: Callable[[], object]) -> float:
+    """Seconds of the fastest of some runs: others on the machine only make it slower."""
+    step()
+    times = []
+    for _ in range(PROBES):
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return min(times)
