@@ -1,9 +1,10 @@
 """The vocabulary of each family's binary: the bytes of every token, as llm_convert writes them.
 
-llama      sentencepiece pieces with their scores, then added_tokens.json with the score -1000. Without tokenizer.model
-           the same is derived from tokenizer.json (llm_convert fails then): a piece's score there is the negative of
-           its place among the normal pieces, as sentencepiece's BPE trainer numbers them. Byte-level pieces are raw
-           bytes; the library's own tokenizer knows no merges, so what it makes of a text is not what they are for.
+llama      sentencepiece pieces with their scores, then added_tokens.json with the score -1000. Without a
+           tokenizer.model that fits, tokenizer.json gives the same (llm_convert fails then): a piece's score is the
+           negative of its place among the normal pieces, as sentencepiece's BPE trainer numbers them. Byte-level
+           pieces are raw bytes; the library's own tokenizer knows no merges, so what it makes of a text is not what
+           they are for.
 gptneox    the byte-level pieces as tokenizer.json spells them; an id that the tokenizer lacks is empty.
 bloom      the text that the id alone decodes to; part of a character becomes U+FFFD.
 starcoder  the raw bytes behind the byte-level pieces, the last token repeated up to vocab_size. Two things differ from
@@ -47,16 +48,27 @@ def read_vocabulary(checkpoint: Path, family: FamilyName, size: int) -> list[Tok
 
 
 def _llama(checkpoint: Path, size: int) -> list[Token]:
-    import sentencepiece
-
-    path = checkpoint / "tokenizer.model"
-    if not path.is_file():
-        if (checkpoint / "tokenizer.json").is_file():
-            return _llama_without_model(checkpoint / "tokenizer.json", size)
+    model, fast = checkpoint / "tokenizer.model", checkpoint / "tokenizer.json"
+    if not model.is_file() and not fast.is_file():
         raise CheckpointError(
             f"{checkpoint}: no tokenizer.model and no tokenizer.json; family llama needs one of them: copy it from the"
             " checkpoint this one was made from"
         )
+    if not model.is_file():
+        return _llama_without_model(fast, size)
+    try:
+        return _llama_with_model(model, size)
+    except CheckpointError:
+        # Llama 3's tokenizer.model is not sentencepiece's; and tokens that were added since may be in tokenizer.json
+        # alone. That is the file which prompts are tokenized by where there are both.
+        if not fast.is_file():
+            raise
+        return _llama_without_model(fast, size)
+
+
+def _llama_with_model(path: Path, size: int) -> list[Token]:
+    import sentencepiece
+
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
@@ -64,11 +76,11 @@ def _llama(checkpoint: Path, size: int) -> list[Token]:
     tokens = list(_sentencepiece_tokens(pieces))
     if len(tokens) == size:  # llm_convert: "Ignoring added_tokens.json since model matches vocab size without it"
         return tokens
-    tokens += _added_tokens(checkpoint / "added_tokens.json", len(tokens))
+    tokens += _added_tokens(path.with_name("added_tokens.json"), len(tokens))
     if len(tokens) != size:
         raise CheckpointError(
-            f"{checkpoint}: config.json has vocab_size {size}, tokenizer.model and added_tokens.json hold {len(tokens)}"
-            " tokens; allowed is the same number: a missing added_tokens.json is the usual cause"
+            f"{path.parent}: config.json has vocab_size {size}, tokenizer.model and added_tokens.json hold"
+            f" {len(tokens)} tokens; allowed is the same number: a missing added_tokens.json is the usual cause"
         )
     return tokens
 

@@ -18,7 +18,13 @@ import numpy.typing as npt
 from cluster.families import FAMILIES, FamilyName
 from cluster.hyperparameters import read_hyperparameters
 from cluster.layouts import LAYOUTS, tensor_rules
-from tests.random_tokenizer import TokenizerKind, byte_level_tokenizer, sentencepiece_model, tokenizer_files
+from tests.random_tokenizer import (
+    MISTRAL_WORDS,
+    TokenizerKind,
+    byte_level_tokenizer,
+    sentencepiece_model,
+    tokenizer_files,
+)
 
 # Tensors of (type, shape, data) by name.
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
@@ -269,7 +275,8 @@ def write_tokenizer(folder: Path, shape: Shape) -> None:
         for name, content in tokenizer_files(shape.tokenizer, tokens).items():
             (folder / name).write_text(json.dumps(content))
     if shape.family == "llama" and shape.tokenizer in (None, "mistral"):
-        (folder / "tokenizer.model").write_bytes(sentencepiece_model(tokens))
+        words = MISTRAL_WORDS if shape.tokenizer == "mistral" else None
+        (folder / "tokenizer.model").write_bytes(sentencepiece_model(tokens, words))
         added = {f"<added_{i}>": i for i in range(tokens, shape.vocabulary)}
         if added:
             (folder / "added_tokens.json").write_text(json.dumps(added))

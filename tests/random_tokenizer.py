@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from cluster.byte_level import BYTE_OF_CHARACTER
@@ -56,6 +57,9 @@ TOKENIZER_CONFIGS: dict[TokenizerKind, dict[str, Any]] = {
         "chat_template": _QWEN2_CHAT,
     },
 }
+# A space, letters, and what merges make of the two.
+_SPACE, _LETTERS = "\u2581", "etaoinshrdlucmfwypvbgkjqxz"
+MISTRAL_WORDS = (_SPACE, *_LETTERS, *(_SPACE + letter for letter in _LETTERS))
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -102,18 +106,17 @@ def added_byte_level_tokenizer(kind: TokenizerKind, tokens: int) -> dict[str, An
 
 
 def sentencepiece_tokenizer(tokens: int) -> dict[str, Any]:
-    """tokenizer.json of what `sentencepiece_model` gives."""
-    vocabulary = {text: i for i, (text, _, _) in enumerate(_sentencepieces(tokens))}
-    space = "\u2581"
+    """tokenizer.json of what `sentencepiece_model` gives of MISTRAL_WORDS."""
+    vocabulary = {text: i for i, (text, _, _) in enumerate(_sentencepieces(MISTRAL_WORDS, tokens))}
     decoders = [
-        {"type": "Replace", "pattern": {"String": space}, "content": " "},
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
         {"type": "Strip", "content": " ", "start": 1, "stop": 0},
     ]
     normalizers = [
-        {"type": "Prepend", "prepend": space},
-        {"type": "Replace", "pattern": {"String": " "}, "content": space},
+        {"type": "Prepend", "prepend": _SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
     ]
     return {
         "version": "1.0",
@@ -127,7 +130,7 @@ def sentencepiece_tokenizer(tokens: int) -> dict[str, Any]:
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": vocabulary,
-            "merges": [],
+            "merges": [[word[0], word[1]] for word in MISTRAL_WORDS if len(word) > 1 and word in vocabulary],
         },
     }
 
@@ -161,19 +164,22 @@ def _begins_with(text: str, token: int) -> dict[str, Any]:
     }
 
 
-def _sentencepieces(tokens: int) -> list[tuple[str, float, int]]:
-    """Text, score and kind of each piece."""
+def _sentencepieces(words: Sequence[str], tokens: int) -> list[tuple[str, float, int]]:
+    """Text, score and kind of each piece: <unk>, <s>, </s>, the 256 bytes, then words."""
     normal, unknown, control, byte = 1, 2, 3, 6
     pieces = [("<unk>", 0.0, unknown), ("<s>", 0.0, control), ("</s>", 0.0, control)]
     pieces += [(f"<0x{i:02X}>", 0.0, byte) for i in range(256)]
-    pieces += [(f"\u2581w{i}\u00e9", -1.5 * i, normal) for i in range(tokens - len(pieces))]
+    pieces += [(word, -1.5 * i, normal) for i, word in enumerate(words)]
     return pieces[:tokens]
 
 
-def sentencepiece_model(tokens: int) -> bytes:
-    """A sentencepiece BPE model, written as the protocol buffer it is: <unk>, <s>, </s>, the 256 bytes, then words."""
+def sentencepiece_model(tokens: int, words: Sequence[str] | None = None) -> bytes:
+    """A sentencepiece BPE model of `tokens` pieces, written as the protocol buffer it is. By default its words are of
+    no use for a text."""
+    if words is None:
+        words = [f"{_SPACE}w{i}\u00e9" for i in range(tokens)]
     body = b""
-    for text, score, kind in _sentencepieces(tokens):
+    for text, score, kind in _sentencepieces(words, tokens):
         piece = _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + b"\x18" + _varint(kind)
         body += _field(1, piece)
     trainer = b"\x18\x02" + _varint(35 << 3) + b"\x01"  # model_type = BPE, byte_fallback = true

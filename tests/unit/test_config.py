@@ -76,7 +76,10 @@ def test_access_and_limits_are_set_as_people_write_them(monkeypatch: pytest.Monk
         ({"models": [MODEL], "http": {"port": 70000}}, "http.port: found 70000"),
         ({"models": [MODEL], "http": {"port": 9000}}, "http.port and grpc.port are both 9000"),
         ({"models": [MODEL | {"family": "gpt2"}]}, "models[0].family: found 'gpt2'"),
-        ({"models": [MODEL | {"engine": "vllm"}]}, "models[0].engine: found 'vllm'"),
+        (
+            {"models": [MODEL | {"engine": "vllm"}]},
+            "models[0].engine: found 'vllm'; input should be 'bigdl' or 'openvino'",
+        ),
         ({"models": [MODEL | {"threads": 0}]}, "models[0].threads: found 0"),
         ({"models": [MODEL | {"threads": "many"}]}, "models[0].threads: found 'many'"),
         ({"models": [MODEL | {"isa": "sse"}]}, "models[0].isa: found 'sse'"),

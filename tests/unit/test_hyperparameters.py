@@ -8,6 +8,7 @@ import pytest
 from cluster.errors import CheckpointError
 from cluster.families import FAMILY_NAMES, FamilyName
 from cluster.hyperparameters import Hyperparameters, read_hyperparameters, require_engine
+from cluster.rotary import Rotary
 
 CONFIGS: dict[FamilyName, dict[str, Any]] = {
     "llama": {
@@ -71,6 +72,122 @@ def test_key_and_value_heads_by_default_and_grouped() -> None:
     assert [read(family).key_value_heads for family in FAMILY_NAMES] == [32, 32, 32, 1]
     assert read("llama", num_key_value_heads=4).key_value_heads == 4
     assert read("llama", num_key_value_heads=4).header == read("llama").header
+
+
+def test_what_the_configurations_say_beyond_the_head() -> None:
+    assert read("llama").epsilon == 1e-6
+    assert read("llama", rms_norm_eps=1e-5).epsilon == 1e-5
+    assert [read(family).activation for family in FAMILY_NAMES] == ["silu", "gelu", "gelu_tanh", "gelu_tanh"]
+    assert read("starcoder", activation_function="gelu").activation == "gelu"
+    assert read("gptneox", hidden_act="gelu_new").activation == "gelu_tanh"
+    assert [read(family).rotary for family in FAMILY_NAMES] == [Rotary(128, 1e4), Rotary(128, 1e4), None, None]
+    assert read("gptneox", rotary_pct=0.25).rotary == Rotary(32, 1e4)
+    assert [read("gptneox", use_parallel_residual=flag).parallel_residual for flag in (True, False)] == [True, False]
+    assert read("gptneox", intermediate_size=11008).feed_forward == 11008
+    assert read("starcoder", n_inner=4096).feed_forward == 4096
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LLAMA3_SCALING = tuple((name, float(number)) for name, number in list(LLAMA3.items())[1:])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"rope_theta": 500000}, Rotary(128, 5e5)),
+        ({"rope_theta": 500000, "rope_scaling": None}, Rotary(128, 5e5)),
+        ({"rope_theta": 500000, "rope_scaling": LLAMA3}, Rotary(128, 5e5, LLAMA3_SCALING, "llama3")),
+        ({"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, Rotary(128, 5e5, LLAMA3_SCALING, "llama3")),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, Rotary(128, 1e4, (("factor", 2.0),), "linear")),
+        ({"rope_scaling": {"type": "default"}, "rope_theta": 2e4}, Rotary(128, 2e4)),
+        ({"rope_parameters": {"rope_theta": 3e4}, "rope_theta": 2e4}, Rotary(128, 3e4)),
+        # As transformers 5 has it where both are there.
+        ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 3e4}}, Rotary(128, 1e4)),
+        (
+            {
+                "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"},
+                "max_position_embeddings": 4096,
+            },
+            Rotary(128, 1e4, (*LLAMA3_SCALING[:3], ("original_max_position_embeddings", 4096.0)), "llama3"),
+        ),
+    ],
+)
+def test_rotary_embeddings_in_the_words_of_transformers_4_and_5(changes: dict[str, Any], expected: Rotary) -> None:
+    assert read("llama", **changes).rotary == expected
+
+
+def test_gptneox_rotates_a_part_of_a_head_by_another_base() -> None:
+    names = {"rotary_pct": None, "rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 5e5}}
+    assert read("gptneox", **names).rotary == Rotary(64, 5e5)
+    assert read("gptneox", rotary_emb_base=25000).rotary == Rotary(128, 25000.0)
+    scaled = read("gptneox", rope_scaling={"type": "linear", "factor": 4.0})
+    assert scaled.rotary == Rotary(128, 1e4, (("factor", 4.0),), "linear")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "message"),
+    [
+        ({"type": "dynamic", "factor": 2.0}, "type", "'dynamic', allowed is one of default, linear, llama3; no engine"),
+        ({"rope_type": "yarn"}, "rope_type", "'yarn', allowed is one of default, linear, llama3; no engine"),
+        ({"rope_type": ["linear"]}, "rope_type", "['linear'], allowed is one of default"),
+        ({"rope_type": "linear"}, "factor", "None, allowed is a number above 0"),
+        ({"rope_type": "linear", "factor": 0}, "factor", "0, allowed is a number above 0"),
+        ({"rope_type": "default", "rope_theta": -1}, "rope_theta", "-1, allowed is a number above 0"),
+        (LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor", "1.0, allowed is one above low_freq_factor, 1.0"),
+        ({k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}, "low_freq_factor", "None, allowed is a number"),
+    ],
+)
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_rotary_embeddings_that_no_engine_has_are_refused(
+    name: str, section: dict[str, Any], field: str, message: str
+) -> None:
+    with pytest.raises(CheckpointError) as refusal:
+        read("llama", **{name: section})
+    assert str(refusal.value).startswith(f"folder/config.json: {name}.{field}: found {message}")
+
+
+def test_biases_of_a_llama_and_of_qwen2() -> None:
+    def biases(**changes: Any) -> tuple[bool, bool]:
+        model = read("llama", **changes)
+        return model.attention_bias, model.output_bias
+
+    assert biases() == (False, False)
+    assert biases(attention_bias=True) == (True, True)
+    assert biases(architectures=["Qwen2ForCausalLM"]) == (True, False)
+    assert biases(architectures=["MistralForCausalLM"], attention_bias=True) == (False, False)  # it has none
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"sliding_window": 4096}, None),  # a llama has none
+        ({"model_type": "mistral", "sliding_window": 1024}, 1024),
+        ({"model_type": "mistral"}, 4096),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "qwen2", "sliding_window": 1024}, None),
+        ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": True, "max_window_layers": 0}, 1024),
+        ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": True, "max_window_layers": 32}, None),
+        ({"model_type": "qwen2", "sliding_window": None, "use_sliding_window": True}, None),
+        ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["sliding_attention"] * 32}, 4096),
+        ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"] * 32}, None),
+    ],
+)
+def test_sliding_windows_as_transformers_reads_them(changes: dict[str, Any], window: int | None) -> None:
+    assert read("llama", **changes).sliding_window == window
+
+
+def test_a_window_of_some_layers_only_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"max_window_layers: found 28, allowed is the same attention in all 32"):
+        read("llama", model_type="qwen2", use_sliding_window=True)
+    types = ["full_attention", *["sliding_attention"] * 31]
+    with pytest.raises(CheckpointError, match=r"layer_types: found \['full_attention', .* no engine of this version"):
+        read("llama", model_type="qwen2", use_sliding_window=True, layer_types=types)
 
 
 def test_null_counts_as_absent() -> None:

@@ -118,7 +118,10 @@ def test_unknown_family_and_quantization_and_shard_size_are_refused(bloom: Path)
 
 
 def test_a_family_that_does_not_fit_is_refused_and_the_right_one_named(bloom: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"found BloomForCausalLM; family llama allows.*this is family bloom"):
+    allowed = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"
+    with pytest.raises(
+        CheckpointError, match=rf"found BloomForCausalLM; family llama allows {allowed}; this is family"
+    ):
         plan_conversion(bloom, "llama")
     change_config(bloom, architectures=["T5ForConditionalGeneration"])
     with pytest.raises(CheckpointError, match="no family of nibble fits"):
@@ -126,6 +129,10 @@ def test_a_family_that_does_not_fit_is_refused_and_the_right_one_named(bloom: Pa
     change_config(bloom, architectures=None, model_type="gpt_neox")
     with pytest.raises(CheckpointError, match=r"model_type: found 'gpt_neox'.*this is family gptneox"):
         plan_conversion(bloom, "bloom")
+    for architectures, model_type in ((["MistralForCausalLM"], None), (None, "qwen2")):
+        change_config(bloom, architectures=architectures, model_type=model_type)
+        with pytest.raises(CheckpointError, match="this is family llama: convert it as that"):
+            plan_conversion(bloom, "bloom")
     change_config(bloom, architectures=None, model_type="bloom")
     assert plan_conversion(bloom, "bloom").family == "bloom"
 

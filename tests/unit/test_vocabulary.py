@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ from cluster.errors import CheckpointError
 from cluster.families import FamilyName
 from cluster.ggml import CONTAINERS, Token, pack_head
 from cluster.vocabulary import read_vocabulary
-from tests.random_tokenizer import byte_level_tokenizer, sentencepiece_model
+from tests.random_tokenizer import (
+    MISTRAL_WORDS,
+    SPECIALS,
+    TokenizerKind,
+    byte_level_tokenizer,
+    sentencepiece_model,
+    tokenizer_files,
+)
 
 DEMO = Path(__file__).parents[2] / "cluster" / "demos" / "llama"
 
@@ -176,6 +184,39 @@ def test_a_damaged_tokenizer_model_is_refused(llama: Path) -> None:
     (llama / "tokenizer.model").write_bytes(b"\xff" * 100)
     with pytest.raises(CheckpointError, match=r"tokenizer\.model: not a sentencepiece model"):
         read_vocabulary(llama, "llama", 262)
+
+
+def test_a_tokenizer_model_that_does_not_fit_gives_way_to_tokenizer_json(llama: Path) -> None:
+    """Llama 3's is tiktoken's; and a fine-tuned Mistral may have its new tokens in tokenizer.json alone."""
+    files = tokenizer_files("mistral", 286)
+    files["tokenizer.json"]["added_tokens"].append({"id": 286, "content": "<|im_start|>", "special": True})
+    (llama / "tokenizer.json").write_text(json.dumps(files["tokenizer.json"]))
+    expected = read_vocabulary(llama, "llama", 288)
+    assert expected[286:] == [Token(b"<|im_start|>", -1000.0), Token(b"", -1000.0)]
+    (llama / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    assert read_vocabulary(llama, "llama", 288) == expected
+    (llama / "tokenizer.model").write_bytes(sentencepiece_model(286, MISTRAL_WORDS))
+    assert read_vocabulary(llama, "llama", 286) == list(_scored(expected[:286]))
+
+
+def _scored(tokens: list[Token]) -> Iterator[Token]:
+    """With the scores of the sentencepiece model, which has them at will; tokenizer.json has none."""
+    for i, token in enumerate(tokens):
+        yield token._replace(score=-1.5 * max(0, i - 259))
+
+
+@pytest.mark.parametrize("kind", ["llama3", "qwen2"])
+def test_a_byte_level_tokenizer_with_added_tokens_may_have_fewer_tokens_than_the_model(
+    kind: TokenizerKind, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_files(kind, 300)["tokenizer.json"]))
+    tokens = read_vocabulary(tmp_path, "llama", 384)
+    specials = SPECIALS[kind]
+    first = 300 - len(specials)
+    assert [token.text for token in tokens[:256]] == [bytes([byte]) for byte in range(256)]
+    assert tokens[256].text == b"\x00a"
+    assert [token.score for token in tokens[:first]] == [-float(i) for i in range(first)]
+    assert tokens[first:] == [Token(text.encode(), -1000.0) for text in specials] + [Token(b"", -1000.0)] * 84
 
 
 @pytest.mark.parametrize("family", ["gptneox", "bloom", "starcoder"])
