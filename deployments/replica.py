@@ -15,7 +15,6 @@ from cluster.isa import available_cores
 from cluster.restoring import Wanted
 from deployments.chat import Conversation
 from deployments.cores import CoreClaim, claim_cores
-from deployments.engines.base import Engine
 from deployments.engines.loading import load_engine
 from deployments.generation import GenerationChunk, GenerationRequest, Prompt, embed_text, generate_text
 from deployments.text import Tokenizer

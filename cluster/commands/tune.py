@@ -27,8 +27,8 @@ def tune(path: Path, name: str | None, load: Load, rounds: int, write: bool, con
         artifact = convert_to_cache(wanted_artifact(model), config.artifacts, display)
     cores = sorted(os.sched_getaffinity(0))[: available_cores()]
     console.print(
-        f"{model.name} on {model.engine}, {len(cores)} cores: {load.concurrency} clients, {load.input_tokens} tokens in,"
-        f" {load.output_tokens} out, medians of {rounds} rounds"
+        f"{model.name} on {model.engine}, {len(cores)} cores: {load.concurrency} clients,"
+        f" {load.input_tokens} tokens in, {load.output_tokens} out, medians of {rounds} rounds"
     )
     table = Table("replicas x threads", "tokens/s", "first token, ms", "each later token, ms")
     results = []
