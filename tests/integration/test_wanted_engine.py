@@ -15,11 +15,12 @@ from cluster.durable import DurableCopy
 from cluster.errors import CheckpointError
 from cluster.families import EngineName
 from cluster.manifest import MANIFEST_FILE, ChunkEntry, Manifest
+from cluster.progress import describe
 from cluster.ray_errors import raised_here
 from cluster.restoring import Wanted, wanted_artifact
 from tests.conftest import convert_here
 from tests.integration.converting import artifacts
-from tests.random_checkpoint import OPENVINO_SHAPES, write_random_checkpoint
+from tests.random_checkpoint import OPENVINO_SHAPES, write_lively_weights, write_random_checkpoint
 
 REPOSITORY = "org/shallow"
 OBSTACLE = r"config\.json: num_hidden_layers: found 3, allowed is one of 16, .*; engine openvino runs it"
@@ -91,3 +92,15 @@ def test_an_artifact_that_the_engine_cannot_run_is_neither_restored_nor_given_fr
         ensure(REPOSITORY, "bigdl", cache, durable)
     assert ensure(REPOSITORY, None, cache, durable).manifest == manifest
     ray.get(store_handle().forget.remote(manifest.artifact_id))
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen2"])
+def test_such_a_checkpoint_is_converted_checked_and_published_for_openvino(
+    ray_node: None, tmp_path: Path, name: str
+) -> None:
+    folder = write_random_checkpoint(tmp_path / "model", OPENVINO_SHAPES[name], write=write_lively_weights)
+    wanted = Wanted(source=str(folder), family="llama", quantization="q4_0", engine="openvino")
+    with raised_here():
+        published = ray.get(store_handle().ensure.remote(wanted, artifacts(tmp_path / "cache")))
+    assert published.manifest.engines == ("openvino",)
+    assert describe(published).endswith(f"artifact {published.manifest.artifact_id}, for engine openvino")
