@@ -17,25 +17,9 @@ from cluster.config import ArtifactsConfig, ModelConfig
 from cluster.conversion import TASK_RETRIES
 from cluster.digests import bytes_sha256, check_digest
 from cluster.durable import DurableCopy
-from cluster.families import FamilyName
-from cluster.manifest import ChunkEntry, Manifest, Quantization, Record
+from cluster.manifest import ChunkEntry, Manifest
 from cluster.node_cache import NodeCache
-from cluster.plan import CONVERTER_VERSION
-
-
-class Wanted(Record):
-    """What is looked for: an artifact by its content address, or, while that is unknown, what it was made from."""
-
-    source: str
-    family: FamilyName
-    quantization: Quantization
-    artifact_id: str | None = None
-
-    def is_met_by(self, manifest: Manifest) -> bool:
-        if self.artifact_id is not None:
-            return manifest.artifact_id == self.artifact_id
-        made = (manifest.source, manifest.family, manifest.quantization, manifest.converter_version)
-        return made == (self.source, self.family, self.quantization, CONVERTER_VERSION)
+from cluster.wanted import Wanted
 
 
 def wanted_artifact(model: ModelConfig) -> Wanted:

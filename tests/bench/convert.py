@@ -83,7 +83,7 @@ def run_inside(what: str, checkpoint: Path, family: FamilyName, workers: int, sh
     from cluster.artifact_store import store_handle
     from cluster.conversion import shard_task
     from cluster.ray_cluster import local_cluster
-    from cluster.restoring import Wanted
+    from cluster.wanted import Wanted
 
     plan = plan_conversion(checkpoint, family, shard_bytes=shard_bytes)
     with local_cluster(workers):
