@@ -42,7 +42,7 @@ class ConversionDisplay:
         self._console = console
         self._plain = console is not None and not console.is_terminal
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # builtin:llama: is no emoji
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
