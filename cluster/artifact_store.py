@@ -10,26 +10,19 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from cluster.config import ArtifactsConfig
-from cluster.conversion import (
-    PlannedConversion,
-    ShardReport,
-    check_task,
-    draft_manifest,
-    plan_task,
-    shard_task,
-)
+from cluster.conversion import ShardReport, check_task, plan_task, shard_task
+from cluster.display import ConversionProgress
 from cluster.errors import ArtifactError
-from cluster.manifest import ChunkEntry, Manifest, Record
+from cluster.manifest import ChunkEntry, Manifest
 from cluster.node_cache import CachedArtifact, NodeCache
 from cluster.ray_errors import nibble_cause, raised_here
 from cluster.restoring import (
-    Wanted,
     alive_nodes,
     cached_chunk,
     cached_files,
@@ -42,22 +35,11 @@ from cluster.restoring import (
     remove_durable,
 )
 from cluster.sources import is_repository
+from cluster.steps import PlannedConversion, draft_manifest
+from cluster.wanted import Wanted
 
 STORE_NAME = "artifact-store"
 NAMESPACE = "nibble"
-
-
-class ConversionProgress(Record):
-    """`bytes` of the artifact, and how many of them each node has converted."""
-
-    source: str
-    stage: Literal["convert", "check"]
-    bytes: int
-    nodes: dict[str, int]
-
-    @property
-    def bytes_done(self) -> int:
-        return sum(self.nodes.values())
 
 
 class Published(NamedTuple):
@@ -102,9 +84,7 @@ class ArtifactStore:
         return await self._restored(wanted, config)
 
     async def _planned(self, wanted: Wanted, config: ArtifactsConfig) -> Published:
-        planned: PlannedConversion = await plan_task.remote(
-            wanted.source, wanted.family, wanted.quantization, config, wanted.engine
-        )
+        planned: PlannedConversion = await plan_task.remote(wanted, config)
         artifact_id = planned.artifact_id
         if artifact_id in self._published:
             return self._published[artifact_id]

@@ -59,7 +59,7 @@ def convert(
     output: Annotated[Path | None, typer.Option(help="A new folder. Default: bigdl_llm_FAMILY_TYPE.")] = None,
     address: Address = None,
 ) -> None:
-    """Convert a checkpoint to INT4 or int8 on a Ray cluster (a local one without --address); write the artifact."""
+    """Convert a checkpoint to INT4 or int8, on this machine or with --address on a Ray cluster; write the artifact."""
     from cluster.commands.convert import convert
 
     name = family_named(family).name

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cluster.errors import ArtifactError
 
 _READ_BYTES = 8 << 20
+_BLOCK_BYTES = 1 << 20  # for a core's cache
 
 
 def bytes_sha256(data: Any) -> str:
@@ -22,6 +24,14 @@ def stream_sha256(file: BinaryIO) -> str:
     while block := file.read(_READ_BYTES):
         digest.update(block)
     return digest.hexdigest()
+
+
+def update_sha256(digest: Any, file: FileIO, count: int) -> None:
+    """By the next `count` bytes of a file, or as many as there are."""
+    block = memoryview(bytearray(_BLOCK_BYTES))
+    while count > 0 and (found := file.readinto(block[:count])):
+        digest.update(block[:found])
+        count -= found
 
 
 def file_sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ lock lets one process of the node do that while the others wait.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -24,6 +25,8 @@ from filelock import FileLock
 from cluster.digests import bytes_sha256, check_digest, file_sha256
 from cluster.errors import ArtifactError
 from cluster.manifest import MANIFEST_FILE, Manifest
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 ReadChunk = Callable[[int], bytes | memoryview]
 
@@ -144,17 +147,47 @@ class NodeCache:
 
 
 class Staging:
-    """A folder to write an artifact in, on the file system of its final place; removed at the end if still there."""
+    """A folder to write an artifact in, on the file system of its final place; removed at the end if still there. One
+    whose process was killed is removed by the next for the same artifact. Raises ArtifactError where there can be
+    none."""
 
     def __init__(self, parent: Path, artifact_id: str) -> None:
-        parent.mkdir(parents=True, exist_ok=True)
-        self.path = Path(tempfile.mkdtemp(dir=parent, prefix=f".{artifact_id}."))
+        with written(parent / artifact_id / MANIFEST_FILE):
+            parent.mkdir(parents=True, exist_ok=True)
+            self.path, self._lock = _locked_folder(parent, artifact_id)
+        remove_abandoned(parent, artifact_id)
 
     def __enter__(self) -> Path:
         return self.path
 
     def __exit__(self, *exc: object) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def _locked_folder(parent: Path, artifact_id: str) -> tuple[Path, int]:
+    """A new folder, and the lock that says that its process lives: the kernel lets go of it when the process ends."""
+    while True:
+        path = Path(tempfile.mkdtemp(dir=parent, prefix=f".{artifact_id}."))
+        # Another process may take it for abandoned before it is locked: then once more.
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            with contextlib.suppress(OSError):  # NFS locks no folders: there, none is taken for abandoned
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():
+                return path, lock
+            os.close(lock)
+
+
+def remove_abandoned(parent: Path, artifact_id: str) -> None:
+    for path in parent.glob(f".{artifact_id}.*"):
+        with contextlib.suppress(OSError):  # its process is at work (no lock is to be had), or has just removed it
+            lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+            finally:
+                os.close(lock)
 
 
 def write_binary(path: Path, manifest: Manifest, read_chunk: ReadChunk) -> str:
@@ -183,9 +216,8 @@ def written(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ArtifactError(
-            f"{path.parent.parent}: cannot be written: {error.strerror}; free some space there"
-        ) from error
+        advice = "free some space there" if error.errno in NO_ROOM else "make it writable or name another folder"
+        raise ArtifactError(f"{path.parent.parent}: cannot be written: {error.strerror}; {advice}") from error
 
 
 def flush(path: Path) -> None:

@@ -44,7 +44,12 @@ class Quantizer:
         library.ggml_init.argtypes, library.ggml_init.restype = [_InitParams], pointer
         library.ggml_free.argtypes, library.ggml_free.restype = [pointer], None
         library.ggml_free(library.ggml_init(_InitParams(mem_size=16384)))
+        self._set_threads = library.omp_set_num_threads
         self._histogram = (ctypes.c_int64 * 16)()  # ggml_quantize_q8_0 counts in it; nobody reads it
+
+    def use_one_thread(self) -> None:
+        """For the calling thread, whatever OMP_NUM_THREADS says: where every core has a caller of its own."""
+        self._set_threads(1)
 
     def from_half(self, numbers: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
         out = np.empty(numbers.shape, np.float32)

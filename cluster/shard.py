@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,26 @@ SLAB_WEIGHTS = 1 << 18
 def convert_shard(plan: ConversionPlan, index: int) -> npt.NDArray[np.uint8]:
     """The bytes of shard `index`; all shards in order are the binary. Raises CheckpointError for weights that are not
     finite in fp16, and for a weights file that no longer is what was planned."""
-    shard = plan.shards[index]
-    result = np.empty(shard.bytes, np.uint8)
-    if index == 0:
-        result[: len(plan.head)] = np.frombuffer(plan.head, np.uint8)
-    with WeightsReader(Path(plan.checkpoint)) as reader:
-        for tensor in plan.tensors[shard.first : shard.stop]:
-            begin = tensor.start - shard.offset
-            data = begin + len(tensor.header)
-            result[begin:data] = np.frombuffer(tensor.header, np.uint8)
-            _convert_tensor(tensor, reader, quantizer(plan.family), result[data : data + tensor.bytes])
+    result = np.empty(plan.shards[index].bytes, np.uint8)
+    end = 0
+    for piece in shard_pieces(plan, index):
+        result[end : end + len(piece)] = piece
+        end += len(piece)
     return result
 
 
-def _convert_tensor(tensor: TensorPlan, reader: WeightsReader, native: Quantizer, out: npt.NDArray[np.uint8]) -> None:
+def shard_pieces(plan: ConversionPlan, index: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """The same in pieces, in order, none larger than a slab: for who has no room for a shard."""
+    shard = plan.shards[index]
+    if index == 0:
+        yield np.frombuffer(plan.head, np.uint8)
+    with WeightsReader(Path(plan.checkpoint)) as reader:
+        for tensor in plan.tensors[shard.first : shard.stop]:
+            yield np.frombuffer(tensor.header, np.uint8)
+            yield from _tensor_pieces(tensor, reader, quantizer(plan.family))
+
+
+def _tensor_pieces(tensor: TensorPlan, reader: WeightsReader, native: Quantizer) -> Iterator[npt.NDArray[np.uint8]]:
     order = output_rows(tensor.rows, tensor.heads, tensor.head_width, tensor.source.shape[0])
     slab_rows = max(1, SLAB_WEIGHTS // tensor.source.row_weights)
     row_bytes = data_bytes(tensor.type, tensor.shape[1:])
@@ -47,11 +54,12 @@ def _convert_tensor(tensor: TensorPlan, reader: WeightsReader, native: Quantizer
                 f"{tensor.source.file}: tensor {tensor.source.name} holds NaN, infinity or a number beyond fp16's"
                 " 65504; allowed are finite weights: the checkpoint is damaged, download it again or save it anew"
             )
-        piece = out[start * row_bytes : (start + len(rows)) * row_bytes]
-        if tensor.type != "f32":
-            native.quantize(weights, piece, tensor.type)
-        else:
-            piece[:] = weights.reshape(-1).view(np.uint8)
+        if tensor.type == "f32":
+            yield weights.reshape(-1).view(np.uint8)
+            continue
+        piece = np.empty(len(rows) * row_bytes, np.uint8)
+        native.quantize(weights, piece, tensor.type)
+        yield piece
 
 
 def _stored_rows(tensor: TensorPlan, reader: WeightsReader, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:

@@ -84,8 +84,12 @@ class WeightsReader:
             self._open[source.file] = open_binary(self._folder / source.file)
         file = self._open[source.file]
         buffer = np.empty(width * (stop - start), np.uint8)
-        file.seek(source.offset + width * start)
-        if file.readinto(buffer.data) != buffer.size:
+        try:
+            file.seek(source.offset + width * start)
+            found = file.readinto(buffer.data)
+        except OSError as error:
+            raise CheckpointError(f"{self._folder / source.file}: cannot be read: {error.strerror}") from error
+        if found != buffer.size:
             raise CheckpointError(
                 f"{self._folder / source.file}: ends inside tensor {source.name}; it has changed since the conversion"
                 " was planned: convert the checkpoint again"

@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.config import ROUTER_NAME, ArtifactsConfig, ModelConfig, NibbleConfig, parse_config
 from cluster.progress import ensure_artifacts
-from cluster.restoring import Wanted, wanted_artifact
+from cluster.wanted import Wanted, wanted_artifact
 from deployments.access import Access, load_keys
 from deployments.calls import Calls
 from deployments.families import FAMILY_DEPLOYMENTS

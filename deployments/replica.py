@@ -12,7 +12,7 @@ from cluster.config import ArtifactsConfig, ModelConfig
 from cluster.errors import EngineError
 from cluster.families import FamilyName
 from cluster.isa import available_cores
-from cluster.restoring import Wanted
+from cluster.wanted import Wanted
 from deployments.chat import Conversation
 from deployments.cores import CoreClaim, claim_cores
 from deployments.engines.loading import load_engine

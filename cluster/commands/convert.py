@@ -1,44 +1,52 @@
-"""`nibble convert`: a checkpoint to INT4 on the cluster, and the artifact as files."""
+"""`nibble convert`: a checkpoint to INT4, on this machine or on a cluster, and the artifact as files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import ray
 from rich.console import Console
 
-from cluster.artifact_store import Published
 from cluster.config import ArtifactsConfig
 from cluster.digests import check_digest
+from cluster.display import ConversionDisplay
 from cluster.errors import ConfigError
 from cluster.families import FamilyName
-from cluster.manifest import Quantization
+from cluster.local_conversion import convert_to_folder
+from cluster.manifest import Manifest, Quantization
 from cluster.node_cache import Staging, publish_folder, write_binary, write_files
-from cluster.progress import ensure_artifacts
-from cluster.ray_cluster import joined_cluster, local_cluster
-from cluster.restoring import Wanted
+from cluster.wanted import Wanted
 
 
 def convert(
     source: str, family: FamilyName, quantization: Quantization, output: Path, address: str | None, console: Console
 ) -> None:
-    """Raises ConfigError where `output` holds something already, CheckpointError or ConversionError."""
+    """On the cluster at `address`, else on this machine. Raises ConfigError where `output` holds something already,
+    CheckpointError, ConversionError, or ArtifactError where it cannot be written."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output: {output} is there already and not an empty folder; name a new one")
-    cluster = joined_cluster(address) if address else local_cluster(None)
-    with cluster:
-        (published,) = ensure_artifacts(
-            [Wanted(source=source, family=family, quantization=quantization)], ArtifactsConfig(), console
-        )
-        export(published, output.absolute())
-    console.print(f"wrote {output / published.manifest.binary}")
+    wanted, target = Wanted(source=source, family=family, quantization=quantization), output.absolute()
+    if address is not None:
+        manifest = convert_on_cluster(wanted, target, address, console)
+    else:
+        with ConversionDisplay(console) as display:
+            manifest = convert_to_folder(wanted, ArtifactsConfig(), target, display)
+    console.print(f"wrote {output / manifest.binary}")
 
 
-def export(published: Published, output: Path) -> None:
+def convert_on_cluster(wanted: Wanted, output: Path, address: str, console: Console) -> Manifest:
     """Writes the artifact to the folder `output`, whole or not at all."""
-    manifest = published.manifest
-    with Staging(output.parent, manifest.artifact_id) as staging:
-        sha256 = write_binary(staging / manifest.binary, manifest, lambda i: memoryview(ray.get(published.chunks[i])))
-        check_digest(manifest.binary, sha256, manifest.sha256)
-        write_files(staging, ray.get(published.files))
-        publish_folder(staging, output, manifest)
+    import ray  # a second and 60 MB, which only this way costs
+
+    from cluster.progress import ensure_artifacts
+    from cluster.ray_cluster import joined_cluster
+
+    with joined_cluster(address):
+        (published,) = ensure_artifacts([wanted], ArtifactsConfig(), console)
+        manifest = published.manifest
+        with Staging(output.parent, manifest.artifact_id) as staging:
+            chunks = published.chunks
+            sha256 = write_binary(staging / manifest.binary, manifest, lambda i: memoryview(ray.get(chunks[i])))
+            check_digest(manifest.binary, sha256, manifest.sha256)
+            write_files(staging, ray.get(published.files))
+            publish_folder(staging, output, manifest)
+    return manifest

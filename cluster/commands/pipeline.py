@@ -14,14 +14,13 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from cluster.artifact_store import fetch_published
 from cluster.config import ArtifactsConfig
+from cluster.display import ConversionDisplay
 from cluster.errors import ConfigError
 from cluster.families import FamilyName
 from cluster.isa import available_cores
-from cluster.progress import ensure_artifacts
-from cluster.ray_cluster import local_cluster
-from cluster.restoring import Wanted
+from cluster.local_conversion import convert_to_cache
+from cluster.wanted import Wanted
 from deployments.engines.base import SamplingParams, TokenRequest
 from deployments.engines.bigdl import BigdlEngine
 from deployments.generation import GenerationRequest, generate_text
@@ -50,12 +49,10 @@ def pipeline(family: FamilyName, source: str, prompt: str, threads: int, console
 
 
 def load(family: FamilyName, source: str, threads: int, console: Console) -> tuple[BigdlEngine, Tokenizer]:
-    """Converts on a local Ray node, which is gone again when the engine loads: all cores are then the engine's."""
-    config = ArtifactsConfig()
-    with local_cluster(available_cores()):
-        wanted = Wanted(source=source, family=family, quantization="q4_0", engine="bigdl")
-        (published,) = ensure_artifacts([wanted], config, console)
-        folder = fetch_published(published, config).folder
+    """Converts into this machine's node cache, where the next run finds it."""
+    wanted = Wanted(source=source, family=family, quantization="q4_0", engine="bigdl")
+    with ConversionDisplay(console) as display:
+        folder = convert_to_cache(wanted, ArtifactsConfig(), display).folder
     return BigdlEngine(folder, threads=threads, context=CONTEXT), Tokenizer(folder)
 
 

@@ -20,7 +20,7 @@ from cluster.isa import available_cores
 from cluster.noted import noted
 from cluster.progress import ensure_artifacts
 from cluster.ray_cluster import CONVERSION_CPUS, joined_cluster, local_cluster
-from cluster.restoring import wanted_artifact
+from cluster.wanted import wanted_artifact
 
 POLL_S = 0.5
 ANSWER_TIMEOUT_S = 30

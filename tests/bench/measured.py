@@ -10,18 +10,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SAMPLE_S = 0.1
-SAMPLES_A_SUM = 5  # to sum proportional memory takes the kernel milliseconds of a core
+SAMPLES_A_SUM = 2  # to sum proportional memory takes the kernel milliseconds of a core
 PROC = Path("/proc")
 
 
 @dataclass
 class Measured:
     """Bytes and seconds. `peak` is the greatest sum of the processes' proportional memory (a page that n of them share
-    counts 1/n in each); `largest` the greatest memory of one process while its title held `title`, without what lies
-    in Ray's object store; `written` what went to files on disks, whether or not they were deleted later."""
+    counts 1/n in each), `private` that of what is no page of a file, which the kernel could drop; `largest` the
+    greatest memory of one process while its title held `title`, without what lies in Ray's object store; `written` what
+    went to files on disks, whether or not they were deleted later."""
 
     seconds: float = 0.0
     peak: int = 0
+    private: int = 0
     largest: int = 0
     written: int = 0
     output: str = ""
@@ -65,25 +67,31 @@ def descendants(known: set[int]) -> set[int]:
 
 
 def _sample(pids: set[int], title: str, result: Measured, with_sum: bool) -> None:
-    memory = 0
+    memory = private = 0
     for pid in pids:
         try:
             if with_sum:
-                memory += _field(pid, "smaps_rollup", "Pss:") * 1024
-            result._written_by[pid] = _field(pid, "io", "write_bytes:")
+                pss = _fields(pid, "smaps_rollup")
+                memory += pss["Pss"]
+                private += pss["Pss_Anon"] + pss["Pss_Shmem"]
+            result._written_by[pid] = _fields(pid, "io")["write_bytes"]
             if title in (PROC / str(pid) / "cmdline").read_text():
-                own = _field(pid, "status", "RssAnon:") + _field(pid, "status", "RssFile:")
-                result.largest = max(result.largest, own * 1024)
-        except OSError:
-            continue
-    result.peak = max(result.peak, memory)
+                status = _fields(pid, "status")
+                result.largest = max(result.largest, status["RssAnon"] + status["RssFile"])
+        except (OSError, KeyError):
+            continue  # it has ended
+    result.peak, result.private = max(result.peak, memory), max(result.private, private)
 
 
-def _field(pid: int, file: str, name: str) -> int:
-    for line in (PROC / str(pid) / file).read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1])
-    return 0
+def _fields(pid: int, file: str) -> dict[str, int]:
+    """Bytes by name, of the lines that are a number."""
+    lines = [line.split() for line in (PROC / str(pid) / file).read_text().splitlines()]
+    units = {2: 1, 3: 1024}  # words: NAME: NUMBER [kB]
+    return {
+        words[0][:-1]: int(words[1]) * units[len(words)]
+        for words in lines
+        if len(words) in units and words[1].isdigit()
+    }
 
 
 def read_once(folder: Path) -> None:

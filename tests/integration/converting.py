@@ -9,7 +9,7 @@ import ray
 from cluster.artifact_store import Published, store_handle
 from cluster.config import ArtifactsConfig
 from cluster.ray_errors import raised_here
-from cluster.restoring import Wanted
+from cluster.wanted import Wanted
 from tests.random_checkpoint import Shape
 
 

@@ -26,9 +26,9 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_list_verify_and_remove(tmp_path: Path) -> None:
+def test_list_verify_and_remove() -> None:
     with sandbox() as home:
-        home.run("convert", "builtin:bloom", "--family", "bloom", "--output", str(tmp_path / "int4"))
+        home.run("pipeline", "--thread-num", "1", "--model-family", "bloom", "--repo-id-or-model-path", "builtin:bloom")
         artifact_id = cached(home).name
         listed = home.run("artifacts", "list")
         assert artifact_id in listed.stdout

@@ -1,4 +1,5 @@
-"""`nibble convert org/repo@revision`, with the Hub's settings in the environment, as users have them."""
+"""`nibble convert org/repo@revision`, with the Hub's settings in the environment as users have them, and nodes that
+ask the Hub."""
 
 from __future__ import annotations
 
@@ -16,12 +17,13 @@ from cluster.manifest import Manifest
 from cluster.plan import ConversionPlan, plan_conversion
 from cluster.shard import convert_shard
 from tests.hub_lookalike import HubLookalike
+from tests.integration.converting import ensure
 from tests.integration.processes import sandbox
 from tests.random_checkpoint import Shape, write_random_checkpoint
 
 
 def convert(source: str, output: Path, **environment: str) -> Manifest:
-    """By a cluster of its own with an empty node cache."""
+    """On this machine, with an empty node cache."""
     with sandbox(**environment) as home:
         result = home.run("convert", source, "--family", "bloom", "--output", str(output), timeout=180)
         assert result.returncode == 0, result.stdout + result.stderr
@@ -84,6 +86,20 @@ def test_each_node_downloads_only_the_files_that_its_shards_need(
     assert weights_in(tmp_path / "second") == {max(files)}
     asked = [name for name in set(files) if hub.asked(name)]
     assert sorted(asked) == [min(files), max(files)]
+
+
+def test_a_cluster_converts_a_repository_to_the_artifact_of_its_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HubLookalike() as hub, sandbox() as home:
+        hub.add("org/model", model, revision="v1")
+        monkeypatch.setenv("RAY_TMPDIR", str(home.ray_tmpdir))
+        with two_nodes(hub.url, tmp_path / "first", tmp_path / "second"):
+            published = ensure("org/model@v1", tmp_path / "cache")
+    assert published.manifest.source == "org/model@v1"
+    folder = convert(str(model), tmp_path / "folder")
+    assert (published.manifest.artifact_id, published.manifest.sha256) == (folder.artifact_id, folder.sha256)
+    assert published.manifest.chunks == folder.chunks
 
 
 @contextmanager

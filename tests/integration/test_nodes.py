@@ -11,8 +11,9 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.artifact_store import ConversionProgress, store_handle
+from cluster.artifact_store import store_handle
 from cluster.config import ArtifactsConfig
+from cluster.display import ConversionProgress
 from cluster.node_cache import NodeCache
 from cluster.plan import plan_conversion
 from cluster.restoring import on_node

@@ -17,7 +17,7 @@ from cluster.families import EngineName
 from cluster.manifest import MANIFEST_FILE, ChunkEntry, Manifest
 from cluster.progress import describe
 from cluster.ray_errors import raised_here
-from cluster.restoring import Wanted, wanted_artifact
+from cluster.wanted import Wanted, wanted_artifact
 from tests.conftest import convert_here
 from tests.integration.converting import artifacts
 from tests.random_checkpoint import OPENVINO_SHAPES, write_lively_weights, write_random_checkpoint

@@ -35,6 +35,7 @@ def test_memory_and_writes_of_descendants_are_measured(tmp_path: Path) -> None:
     run = measure([sys.executable, "-c", outer], dict(os.environ), tmp_path, "marked")
     assert run.output == "done\n"
     assert run.peak > 200e6
+    assert 200e6 < run.private <= run.peak
     assert run.largest > 200e6
     assert run.seconds > 0.5
     with pytest.raises(RuntimeError, match=r"ended with 3: said"):

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.errors import ArtifactError
 from cluster.manifest import ChunkEntry, Manifest
-from cluster.node_cache import NodeCache, folder_bytes
+from cluster.node_cache import NodeCache, Staging, folder_bytes
 
 CHUNKS = [b"head and first tensors", b"the other tensors"]
 FILES = {"config.json": b"{}"}
@@ -108,6 +108,25 @@ def test_what_a_dead_fetch_left_behind_is_told(tmp_path: Path, manifest: Manifes
     (cache.folder / ".a1.left").mkdir()
     with pytest.raises(ArtifactError, match="left behind"):
         cache.check_integrity()
+
+
+def test_a_staging_folder_is_removed_by_the_next_only_when_its_process_is_dead(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from cluster.node_cache import Staging\n" + (
+        "print(Staging(Path(sys.argv[1]), 'a1').path, flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    other = Path(process.stdout.readline().strip())
+    with Staging(tmp_path, "a1") as staging:
+        assert sorted(tmp_path.iterdir()) == sorted([other, staging])
+    process.kill()  # -9: the folder stays
+    process.communicate()
+    assert other.is_dir()
+    with Staging(tmp_path, "a2"), Staging(tmp_path, "a1"):
+        assert not other.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(
