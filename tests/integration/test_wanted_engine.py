@@ -11,11 +11,11 @@ import ray
 
 from cluster.artifact_store import Published, store_handle
 from cluster.config import ModelConfig
+from cluster.display import describe
 from cluster.durable import DurableCopy
 from cluster.errors import CheckpointError
 from cluster.families import EngineName
 from cluster.manifest import MANIFEST_FILE, ChunkEntry, Manifest
-from cluster.progress import describe
 from cluster.ray_errors import raised_here
 from cluster.wanted import Wanted, wanted_artifact
 from tests.conftest import convert_here
@@ -103,4 +103,4 @@ def test_such_a_checkpoint_is_converted_checked_and_published_for_openvino(
     with raised_here():
         published = ray.get(store_handle().ensure.remote(wanted, artifacts(tmp_path / "cache")))
     assert published.manifest.engines == ("openvino",)
-    assert describe(published).endswith(f"artifact {published.manifest.artifact_id}, for engine openvino")
+    assert describe(published.manifest).endswith(f"artifact {published.manifest.artifact_id}, for engine openvino")
