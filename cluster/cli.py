@@ -171,6 +171,30 @@ def bench(
     bench(options, plain_console())
 
 
+@app.command()
+def tune(
+    config: Annotated[Path, typer.Argument(help="YAML, as for `nibble serve`.")],
+    model: Annotated[str | None, typer.Argument(help="Which of its models. Default: the only one.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Clients, which the replicas share evenly.")] = 8,
+    requests: Annotated[int | None, typer.Option(min=1, help="Of each round. Default: 2 a client.")] = None,
+    input_tokens: Annotated[int, typer.Option(min=1, help="Of each prompt, no two the same.")] = 64,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Of each completion.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="The table has their medians.")] = 3,
+    write: Annotated[bool, typer.Option("--write", help="Write the best split into CONFIG.")] = False,
+) -> None:
+    """Try replicas x threads of a model on this node: tokens/s and latency of each split of its cores."""
+    from cluster.commands.tune import tune
+    from deployments.engines.measure import Load
+
+    load = Load(
+        concurrency=concurrency,
+        requests=requests or 2 * concurrency,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+    )
+    tune(config, model, load, rounds, write, plain_console())
+
+
 def client_url(url: str | None, grpc: bool) -> str:
     """With its scheme, which need not be given for gRPC."""
     target = url or default_url(grpc)

@@ -16,7 +16,7 @@ from cluster.isa import available_cores
 from cluster.local_conversion import convert_to_cache
 from cluster.wanted import wanted_artifact
 from deployments.engines.measure import Load
-from deployments.tuning import Result, splits, try_split
+from deployments.splits import Result, splits, try_split
 
 
 def tune(path: Path, name: str | None, load: Load, rounds: int, write: bool, console: Console) -> None:

@@ -24,12 +24,12 @@ from deployments.engines.base import Token, TokenRequest
 from deployments.engines.batch import Batch
 from deployments.engines.handover import Handover, closed_error
 from deployments.engines.openvino_jobs import EmbedJob, GenerateJob, Job, ScoreJob
+from deployments.engines.openvino_probe import choose_settings
 from deployments.engines.openvino_weights import derived_weights
 from deployments.engines.paged_cache import BLOCK_TOKENS, BlockPool
 from deployments.engines.paged_model import PagedModel
 from deployments.engines.requests import check_prompt, check_request
 from deployments.engines.scheduler import Scheduler
-from deployments.engines.tuning import choose_settings
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from cluster.errors import ArtifactError
 from deployments.engines.check import CHECKED_TOKENS, relative_rms
+from deployments.engines.openvino_probe import EXACT
 from deployments.engines.openvino_weights import derived_weights
 from deployments.engines.paged_model import PagedModel, Work
-from deployments.engines.tuning import EXACT
 
 # Nothing is rounded in these settings but the cached keys and values: the rest is the order of additions.
 TOLERANCE = 0.02

@@ -18,11 +18,11 @@ from cluster.manifest import Manifest, Quantization
 from deployments.engines.base import Logits
 from deployments.engines.ggml_blocks import dequantize
 from deployments.engines.openvino_check import check_openvino
+from deployments.engines.openvino_probe import EXACT, candidates, choose_settings
 from deployments.engines.openvino_recipes import recipe
 from deployments.engines.openvino_weights import DERIVED_VERSION, DerivedWeights, QuantizedMatrix, derived_weights
 from deployments.engines.paged_cache import BLOCK_TOKENS
 from deployments.engines.paged_model import PagedModel, Settings, Work
-from deployments.engines.tuning import EXACT, candidates, choose_settings
 from tests.conftest import convert_here
 from tests.random_checkpoint import OPENVINO_SHAPES, SHAPES, write_lively_weights, write_random_checkpoint
 
