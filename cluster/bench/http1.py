@@ -133,6 +133,10 @@ class Answer:
             self._body = OpenBody()
 
 
+class ClosedUnusedError(ConnectionError):
+    """The server had closed a connection that was kept open, before it saw the request: safe to ask again."""
+
+
 class Connection(asyncio.Protocol):
     """To a server, for one request after another."""
 
@@ -141,14 +145,16 @@ class Connection(asyncio.Protocol):
         self._answer = Answer()
         self._finished: asyncio.Future[Answer] | None = None
         self._transport: asyncio.Transport | None = None
+        self._answered = 0  # requests
 
     @property
     def is_open(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
     async def exchange(self, request: bytes) -> Answer:
-        """Raises ConnectionError where the connection ends before the answer does, ValueError for what is no answer. If
-        cancelled it closes the connection: by that the server hears that nobody waits any more."""
+        """Raises ConnectionError where the connection ends before the answer does (ClosedUnusedError where it ends
+        after an earlier one, with not a byte of this), ValueError for what is no answer. If cancelled it closes the
+        connection: by that the server hears that nobody waits any more."""
         assert self._transport is not None, "used only once it is connected"
         self._answer = Answer()
         self._finished = asyncio.get_running_loop().create_future()
@@ -178,6 +184,7 @@ class Connection(asyncio.Protocol):
             self._finished.set_exception(ValueError(f"not an HTTP answer: {error}"))
         else:
             if self._answer.done:
+                self._answered += 1
                 self._finished.set_result(self._answer)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -185,6 +192,8 @@ class Connection(asyncio.Protocol):
             return
         if self._answer.closed():
             self._finished.set_result(self._answer)
+        elif self._answered and not self._answer.status:
+            self._finished.set_exception(ClosedUnusedError("closed before the request"))
         else:
             self._finished.set_exception(
                 ConnectionError(f"closed before the end of the answer: {error or 'no reason'}")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from cluster.bench.http1 import Answer, Connection
+from cluster.bench.http1 import Answer, ClosedUnusedError, Connection
 from cluster.bench.records import Failure, Fields, Now, Prompt, Reply
 
 CONNECT_TIMEOUT_S = 10
@@ -39,8 +39,7 @@ class HttpClient:
     async def complete(self, prompt: Prompt, fields: Fields) -> Reply:
         body = json.dumps(self._body | {"prompt": prompt} | dict(fields)).encode()
         try:
-            connection = await self._connection()
-            answer = await connection.exchange(f"{self._head}{len(body)}\r\n\r\n".encode() + body)
+            connection, answer = await self._ask(f"{self._head}{len(body)}\r\n\r\n".encode() + body)
         except (OSError, ValueError, asyncio.TimeoutError) as error:
             return Reply((), self._now(), failure=Failure("connection", str(error) or "no connection in time"))
         end = self._now()
@@ -51,6 +50,16 @@ class HttpClient:
     async def close(self) -> None:
         for connection in self._idle:
             connection.close()
+
+    async def _ask(self, request: bytes) -> tuple[Connection, Answer]:
+        while True:
+            connection = await self._connection()
+            try:
+                return connection, await connection.exchange(request)
+            except ClosedUnusedError:
+                # Some servers (llama-server) close after a stream without having said so. A new connection, which comes
+                # when all kept ones are used up, does not raise this.
+                continue
 
     async def _connection(self) -> Connection:
         while self._idle:

@@ -204,6 +204,30 @@ async def test_a_connection_that_the_server_has_closed_meanwhile_is_not_used() -
     assert len(server.connections) == 2
 
 
+async def test_a_kept_connection_that_the_server_closes_without_a_word_is_made_anew() -> None:
+    """As llama-server does after each stream: the end of the connection may come after the next request went out."""
+    asked = 0
+
+    async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        await reader.readuntil(b"\r\n\r\n")
+        asked += 1
+        data = b"data: " + event("a").encode() + b"\n\n"
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        writer.write(head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data))
+        await reader.readuntil(b"\r\n\r\n")  # the next request, which is not answered
+        writer.close()
+
+    server = await asyncio.start_server(answer_once, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    client = client_for(f"http://127.0.0.1:{port}")
+    for _ in range(3):
+        assert (await client.complete("text", {})).failure is None
+    await client.close()
+    server.close()
+    assert asked == 3
+
+
 async def test_nobody_there_is_a_failure() -> None:
     (port,) = free_ports(1)
     failure = (await client_for(f"http://127.0.0.1:{port}").complete("text", {})).failure

@@ -1,0 +1,192 @@
+"""Who is faster on this machine: nibble with an engine over HTTP and gRPC, that engine in this process with no serving
+layer, bigdl-llm as its users run it, and llama-server.
+
+    python -m tests.bench.compare CHECKPOINT [--family llama] [--engine openvino] [--concurrency 1,4,8,16] [--rounds 3]
+                                  [--llama-server BINARY --gguf FILE] [--reference-python PYTHON] [--json FILE]
+
+All run on the same weights with the same number of threads and take turns, round by round; no prompt is sent twice.
+The table has medians over the rounds, and ratios of runs that were next to each other. PYTHON is an interpreter with
+torch and bigdl-llm==2.4.0; FILE the checkpoint in llama.cpp's format, Q4_0. Without them these are left out.
+CHECKPOINT is, for instance, one of tests.bench.make_checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from cluster.bench.figures import Level, levels_of, ratios, spreads
+from cluster.bench.grpc_client import GrpcClient
+from cluster.bench.http_client import HttpClient
+from cluster.bench.prompts import TOKEN_PROMPTS, token_prompts
+from cluster.bench.records import Client, Server, Settings
+from cluster.bench.results import results
+from cluster.bench.runner import Bench
+from cluster.commands.bench import loads_of
+from cluster.config import ArtifactsConfig, ModelConfig
+from cluster.display import ConversionDisplay
+from cluster.local_conversion import convert_to_cache
+from cluster.manifest import Manifest
+from cluster.ray_cluster import free_ports
+from cluster.wanted import wanted_artifact
+from deployments.engines.loading import load_engine
+from tests.bench.compare_clients import EngineClient, UpstreamClient
+
+ROOT = Path(__file__).parents[2]
+NOW = time.perf_counter
+CONTEXT = 512
+START_S = 180
+
+
+@contextmanager
+def running(command: list[str], ready: str, log: Path) -> Iterator[None]:
+    """A server, once it answers at the URL `ready`; ended at the end by SIGINT. Raises RuntimeError with its log."""
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT) as child:
+        try:
+            deadline = NOW() + START_S
+            while not answers(ready):
+                if child.poll() is not None or NOW() > deadline:
+                    raise RuntimeError(f"{command[0]} is not ready: {log.read_text()[-2000:]}")
+                time.sleep(0.2)
+            yield
+        finally:
+            child.send_signal(2)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def nibble_config(model: ModelConfig, http: int, grpc: int) -> str:
+    """YAML is a superset of JSON."""
+    model_values = model.model_dump(mode="json", exclude_defaults=True)
+    return json.dumps({"http": {"port": http}, "grpc": {"port": grpc}, "models": [model_values]})
+
+
+class System(NamedTuple):
+    """`url`: its scheme tells what fields a request may have."""
+
+    url: str
+    client: Callable[[], Client]
+
+
+def systems(given: argparse.Namespace, stack: ExitStack, scratch: Path) -> dict[str, System]:
+    """What is compared, by name, the engine in this process first; servers are started."""
+    model = ModelConfig(
+        name="model", family=given.family, checkpoint=str(given.checkpoint.absolute()), engine=given.engine,
+        threads=given.threads, context=CONTEXT,
+    )  # fmt: skip
+    with ConversionDisplay(Console(stderr=True)) as display:
+        artifact = convert_to_cache(wanted_artifact(model), ArtifactsConfig(), display)
+    stack.callback(artifact.release)
+    engine = load_engine(model, artifact.folder, None)
+    stack.callback(engine.close)
+    http, grpc, llama = free_ports(3)
+    config = scratch / "nibble.yaml"
+    config.write_text(nibble_config(model, http, grpc))
+    nibble = [sys.executable, "-m", "cluster.cli", "serve", str(config)]
+    stack.enter_context(running(nibble, f"http://127.0.0.1:{http}/readyz", scratch / "nibble.log"))
+    over_http, over_grpc, count = f"http://127.0.0.1:{http}", f"grpc://127.0.0.1:{grpc}", given.output_tokens
+    found = {
+        f"{given.engine}, in-process": System("engine://", lambda: EngineClient(engine, count)),
+        f"{given.engine}, HTTP": System(over_http, lambda: HttpClient(over_http, "model", count, None, NOW)),
+        f"{given.engine}, gRPC": System(over_grpc, lambda: GrpcClient(over_grpc, "model", count, None, NOW)),
+    }
+    if given.reference_python:
+        binary = artifact.folder / Manifest.read(artifact.folder).binary
+        upstream = partial(UpstreamClient, given.reference_python, binary, given.family, given.threads, count)
+        found["bigdl-llm upstream"] = System("process://", upstream)
+    if given.llama_server:
+        slots = max(int(load.value) for load in loads_of(given.concurrency, None))
+        command = [given.llama_server, "-m", given.gguf, "-t", str(given.threads), "-c", str(CONTEXT * slots)]
+        command += ["-np", str(slots), "--host", "127.0.0.1", "--port", str(llama)]
+        url = f"http://127.0.0.1:{llama}"
+        stack.enter_context(running(command, f"{url}/health", scratch / "llama.log"))
+        found["llama-server"] = System(url, lambda: HttpClient(url, "model", count, None, NOW))
+    return found
+
+
+def settings_of(given: argparse.Namespace, compared: dict[str, System]) -> Settings:
+    return Settings(
+        servers=tuple(Server(name, system.url, "model") for name, system in compared.items()),
+        baseline=0,
+        loads=loads_of(given.concurrency, None),
+        prompts=TOKEN_PROMPTS,
+        input_tokens=given.input_tokens,
+        output_tokens=given.output_tokens,
+        requests=None,
+        duration_s=None,
+        rounds=given.rounds,
+        warmup=2,
+        time_limit_s=600,
+        seed=given.seed,
+    )
+
+
+def table_of(level: Level, settings: Settings, input_tokens: int) -> Table:
+    """Tokens/s in all are those of prompts and completions together."""
+    names = [server.label for server in settings.servers]
+    rival = names.index("llama-server") if "llama-server" in names else None
+    columns = ["tokens/s out", "in all", "first token, ms", "each later one, ms", "/ in-process"]
+    table = Table(str(level.load), *columns, *(["/ llama-server"] if rival is not None else []))
+    for name, runs in zip(names, level.runs, strict=True):
+        figures = {figure: spread.median for figure, spread in spreads(runs).items()}
+        out, requests = figures["output_tokens_per_s"], figures["requests_per_s"]
+        row = [f"{out:.1f}", f"{out + requests * input_tokens:.0f}", f"{1000 * figures['ttft_p50_s']:.0f}"]
+        row.append(f"{1000 * figures.get('tpot_p50_s', 0):.1f}")
+        for base in (0, rival):
+            if base is not None:
+                row.append(f"{ratios(runs, level.runs[base])['output_tokens_per_s'].median:.2f}")
+        table.add_row(name, *row)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--family", default="llama")
+    parser.add_argument("--engine", default="openvino")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--concurrency", default="1,4,8,16")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--input-tokens", type=int, default=64)
+    parser.add_argument("--output-tokens", type=int, default=32)
+    parser.add_argument("--vocabulary", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
+    parser.add_argument("--llama-server", metavar="BINARY")
+    parser.add_argument("--gguf", metavar="FILE")
+    parser.add_argument("--reference-python", metavar="PYTHON")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        compared = systems(given, stack, scratch)
+        settings, clients = settings_of(given, compared), [system.client for system in compared.values()]
+        prompts = token_prompts(given.seed, given.input_tokens, given.vocabulary)
+        bench = Bench(settings, lambda place: clients[place](), prompts, Console(stderr=True).print)
+        asyncio.run(bench.measure())
+    if given.json:
+        given.json.write_text(json.dumps(results(bench.runs, settings, raw=False), indent=1) + "\n")
+    for level in levels_of(bench.runs, settings):
+        Console(width=140).print(table_of(level, settings, given.input_tokens))
+
+
+if __name__ == "__main__":
+    main()
