@@ -119,13 +119,14 @@ Tune = Literal["throughput", "latency", "precision"]
 class OpenvinoConfig(Record):
     """Of models with `engine: openvino`. `tune`: what its settings for this node's CPU are chosen for: the tokens per
     second of many sequences, or of one, or the precision of logits. `kv_cache`: bytes of a replica's cache; null is
-    room for `queue.max_ongoing` sequences of `context` tokens. `step_tokens`: computed together, at most; a longer
-    prompt is cut, so that the others' next tokens need not wait for all of it. `prompt_lookup`: how many tokens to
-    guess at a time from the text so far; 0 is off."""
+    room for `queue.max_ongoing` sequences of `context` tokens, a quarter of the node's free memory at most.
+    `step_tokens`: computed together, at most; a longer prompt is cut, so that the others' next tokens need not wait
+    for all of it. `prompt_lookup`: how many tokens to guess at a time from the text so far; 0 is off."""
 
     tune: Tune = "throughput"
     kv_cache: Annotated[ByteSize, Field(gt=0)] | None = None
-    step_tokens: Annotated[int, Field(ge=1)] = 128
+    # A matrix product of 65 rows takes OpenVINO as long as one of 128.
+    step_tokens: Annotated[int, Field(ge=1)] = 64
     prompt_lookup: Annotated[int, Field(ge=0, le=32)] = 0
 
 

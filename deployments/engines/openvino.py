@@ -15,10 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+
+import numpy as np
 
 from cluster.config import OpenvinoConfig
 from cluster.errors import EngineError
+from cluster.isa import available_memory
 from deployments.cores import check_cores
 from deployments.engines.base import Token, TokenRequest
 from deployments.engines.batch import Batch
@@ -27,11 +29,11 @@ from deployments.engines.openvino_jobs import EmbedJob, GenerateJob, Job, ScoreJ
 from deployments.engines.openvino_probe import choose_settings
 from deployments.engines.openvino_weights import derived_weights
 from deployments.engines.paged_cache import BLOCK_TOKENS, BlockPool
-from deployments.engines.paged_model import PagedModel
+from deployments.engines.paged_model import PagedModel, Work
 from deployments.engines.requests import check_prompt, check_request
 from deployments.engines.scheduler import Scheduler
 
-T = TypeVar("T")
+SHARE_OF_MEMORY = 0.25  # of what is free at start, for a cache whose size was not configured: at most
 
 
 class OpenvinoEngine:
@@ -139,12 +141,23 @@ class OpenvinoEngine:
         paged = PagedModel(weights, model, self.threads, self._settings)
         self._pool = BlockPool(self._blocks(paged.block_bytes))
         paged.allocate(self._pool.size)
+        self._warm_up(paged)
         return Batch(paged, Scheduler(self._pool, self._options.step_tokens, self._max_running))
+
+    def _warm_up(self, paged: PagedModel) -> None:
+        """OpenVINO packs weights and compiles kernels when the first step runs, for seconds; and a damaged model fails
+        here, not at the first request."""
+        tokens = min(self._options.step_tokens, self.context)
+        for count in (tokens, 1):
+            logits, _ = paged.step([Work([0] * count, 0, range(self._pool.size), [count - 1])])
+            if not np.isfinite(logits).all():
+                raise EngineError("the logits are not finite: the artifact or the checkpoint is damaged")
 
     def _blocks(self, block_bytes: int) -> int:
         needed = -(-self.context // BLOCK_TOKENS)
         if self._options.kv_cache is None:
-            return needed * self._max_running
+            share = int(SHARE_OF_MEMORY * available_memory()) // block_bytes
+            return max(needed, min(needed * self._max_running, share))
         blocks = int(self._options.kv_cache) // block_bytes
         if blocks < needed:
             raise EngineError(

@@ -86,11 +86,14 @@ class PagedModel:
         return total
 
     def allocate(self, blocks: int) -> None:
-        """Gives the KV cache so many blocks; what was in it is lost. Their memory is taken as they are first used."""
+        """Gives the KV cache so many blocks; what was in it is lost."""
         for name, port in self._caches.items():
             shape = port.get_partial_shape()
             sizes = [blocks, *(shape[i].get_length() for i in range(1, 4))]
-            self._request.set_tensor(name, ov.Tensor(port.get_element_type(), ov.Shape(sizes)))
+            cache = ov.Tensor(port.get_element_type(), ov.Shape(sizes))
+            # Now: to get each page from the kernel when a block is first used would make steps half as slow again.
+            cache.data.fill(0)
+            self._request.set_tensor(name, cache)
 
     def step(self, works: Sequence[Work]) -> tuple[Logits, npt.NDArray[np.float32]]:
         """Logits [rows, vocabulary] and hidden states [rows, width] of the rows wanted, in order; views that the next
