@@ -8,7 +8,17 @@ import pytest
 from cluster import isa as isa_module
 from cluster.errors import EngineError
 from cluster.families import FAMILY_NAMES
-from cluster.isa import ISA_NAMES, REQUIRED_FLAGS, Isa, available_cores, best_isa, choose_isa, cpu_flags, library_path
+from cluster.isa import (
+    ISA_NAMES,
+    REQUIRED_FLAGS,
+    Isa,
+    available_cores,
+    available_memory,
+    best_isa,
+    choose_isa,
+    cpu_flags,
+    library_path,
+)
 
 # What Linux shows of the features that matter, by processor.
 HASWELL = {"avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe", "sse4_2"}
@@ -74,3 +84,8 @@ def test_a_cpu_quota_below_the_affinity_mask_counts(monkeypatch: pytest.MonkeyPa
     assert with_quota("50000 100000\n") == 1
     assert with_quota("1600000 100000\n") == 8
     assert with_quota("what\n") == 8
+
+
+def test_available_memory_is_some_of_the_node_s() -> None:
+    total = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line)
+    assert 0 < available_memory() <= total * 1024
