@@ -76,7 +76,9 @@ def find_cached(cache: NodeCache, wanted: Wanted, display: ConversionDisplay) ->
     for manifest in cache.manifests():
         if wanted.is_met_by(manifest) and (cached := cache.cached(manifest.artifact_id)):
             if not wanted.runs(manifest):
-                wanted.refuse(manifest, {CONFIG_FILE: (cached.folder / CONFIG_FILE).read_bytes()})
+                files = {CONFIG_FILE: (cached.folder / CONFIG_FILE).read_bytes()}
+                cached.release()
+                wanted.refuse(manifest, files)
             display.say(f"found in the node cache {describe(manifest)}")
             return cached
     return None

@@ -14,6 +14,7 @@ from cluster.families import FAMILIES, FAMILY_NAMES, FamilyName
 from cluster.manifest import Manifest
 from cluster.sources import builtin_checkpoint
 from tests.integration.processes import Sandbox, Served, sandbox
+from tests.random_checkpoint import OPENVINO_SHAPES, write_lively_weights, write_random_checkpoint
 
 HEADINGS = ("HuggingFace transformers tokenizer", "bigdl-llm based tokenizer", "fast forward")
 DIGESTS = json.loads((Path(__file__).parent.parent / "reference" / "digests.json").read_text())
@@ -145,3 +146,20 @@ def test_a_refused_checkpoint_leaves_nothing(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "head_dim: found 48, allowed is 16" in result.stderr
     assert not output.exists()
+
+
+def test_what_openvino_alone_runs_is_converted_and_says_so_and_pipeline_refuses_it(tmp_path: Path) -> None:
+    """Pipeline's engine is bigdl; also when the artifact is in the node cache already."""
+    folder = write_random_checkpoint(tmp_path / "model", OPENVINO_SHAPES["llama3"], write=write_lively_weights)
+    output = tmp_path / "int4"
+    with sandbox() as home:
+        converted = home.run("convert", str(folder), "--family", "llama", "--output", str(output))
+        refused = home.run("pipeline", "--repo-id-or-model-path", str(folder), "--thread-num", "1")
+    assert converted.returncode == 0, converted.stderr
+    assert "for engine openvino" in converted.stdout
+    assert Manifest.read(output).engines == ("openvino",)
+    assert refused.returncode == 1
+    assert refused.stderr.strip().endswith(
+        f"{folder}/config.json: rope_theta: found 500000.0, allowed is 10000.0: the runtime fixes it; engine openvino"
+        " runs it"
+    )
