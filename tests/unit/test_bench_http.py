@@ -212,7 +212,7 @@ async def test_a_kept_connection_that_the_server_closes_without_a_word_is_made_a
         nonlocal asked
         await reader.readuntil(b"\r\n\r\n")
         asked += 1
-        data = b"data: " + event("a").encode() + b"\n\n"
+        data = event("a").encode()
         head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
         writer.write(head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data))
         await reader.readuntil(b"\r\n\r\n")  # the next request, which is not answered
