@@ -18,8 +18,8 @@ TOLERANCE = 0.02
 
 
 def check_openvino(folder: Path, threads: int) -> None:
-    """Raises ArtifactError where logits are not finite, do not depend on the tokens, or differ between a prompt
-    computed at once and token by token; EngineError for what OpenVINO cannot compile."""
+    """Raises ArtifactError where logits do not depend on the tokens, or differ between a prompt computed at once and
+    token by token; EngineError where they are not finite, and for what OpenVINO cannot compile."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".check.") as scratch:
         weights, model = derived_weights(folder, Path(scratch))
         paged = PagedModel(weights, model, threads, EXACT)
@@ -29,8 +29,6 @@ def check_openvino(folder: Path, threads: int) -> None:
         ]
         whole = paged.step([Work(tokens, 0, [0], range(len(tokens)))])[0].copy()
         single = np.stack([paged.step([Work([t], i, [1], [0])])[0][0].copy() for i, t in enumerate(tokens)])
-    if not np.isfinite(whole).all() or not np.isfinite(single).all():
-        raise ArtifactError("the logits are not finite: the artifact or the checkpoint is damaged")
     if min(float(row.std()) for row in whole) == 0 or (len(tokens) > 1 and np.allclose(whole[0], whole[-1], rtol=1e-6)):
         raise ArtifactError("the logits do not depend on the token or on the prompt: the artifact is damaged")
     for count, (found, expected) in enumerate(zip(single, whole, strict=True), 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,19 +18,19 @@ from deployments.sampling import Sampler, log_probabilities
 Hidden = npt.NDArray[np.float32]
 
 
-class Job(Running):
+class Job(Running, ABC):
     """A request under way. `handover` is where its results go."""
 
     handover: Handover[Any]
     new_tokens = 0  # generated
 
+    @abstractmethod
     def rows(self, piece: Piece[Job]) -> Sequence[int]:
         """Of which of the piece's tokens logits and hidden states are needed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def receive(self, piece: Piece[Job], logits: Logits, hidden: Hidden) -> tuple[int, bool]:
         """Takes those of `rows`. Returns how many of its tokens are right in the cache, and whether it has ended."""
-        raise NotImplementedError
 
 
 class GenerateJob(Job):

@@ -47,7 +47,6 @@ class DerivedTensor(Record):
 
 class DerivedIndex(Record):
     artifact_id: str
-    bytes: int
     sha256: str
     tensors: dict[str, DerivedTensor]
 
@@ -137,9 +136,7 @@ def _derive(folder: Path, manifest: Manifest, model: Hyperparameters, binary: Pa
         except BaseException:
             os.unlink(file.name)
             raise
-    return DerivedIndex(
-        artifact_id=manifest.artifact_id, bytes=out.position, sha256=out.sha256.hexdigest(), tensors=tensors
-    )
+    return DerivedIndex(artifact_id=manifest.artifact_id, sha256=out.sha256.hexdigest(), tensors=tensors)
 
 
 class _HashedFile:

@@ -97,7 +97,7 @@ class PagedModel:
 
     def step(self, works: Sequence[Work]) -> tuple[Logits, npt.NDArray[np.float32]]:
         """Logits [rows, vocabulary] and hidden states [rows, width] of the rows wanted, in order; views that the next
-        step overwrites. Raises EngineError where OpenVINO fails."""
+        step overwrites. Raises EngineError where OpenVINO fails or the logits are not finite."""
         begins = [0, *accumulate(len(work.tokens) for work in works)]
         tables = [work.table[: -(-(work.past + len(work.tokens)) // BLOCK_TOKENS)] for work in works]
         rows = [begin + row for begin, work in zip(begins, works, strict=False) for row in work.rows]
@@ -114,7 +114,10 @@ class PagedModel:
             self._request.infer()
         except RuntimeError as error:
             raise EngineError(f"OpenVINO failed in a step of {begins[-1]} tokens: {error}") from error
-        return self._request.get_tensor("logits").data, self._request.get_tensor("hidden").data
+        logits: Logits = self._request.get_tensor("logits").data
+        if not np.isfinite(logits).all():
+            raise EngineError("the logits are not finite: the artifact or the checkpoint is damaged")
+        return logits, self._request.get_tensor("hidden").data
 
     def _set(self, name: str, kind: type, value: Any) -> None:
         self._request.set_tensor(name, ov.Tensor(np.array(value, kind)))
