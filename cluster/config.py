@@ -116,18 +116,35 @@ class QueueConfig(Record):
 Tune = Literal["throughput", "latency", "precision"]
 
 
+class DraftConfig(Record):
+    """A small model with the tokenizer of the one that it guesses for, `tokens` tokens at a time. `checkpoint` is given
+    as that of a model, and quantized like it; `family` null: the same as the model's."""
+
+    checkpoint: Annotated[str, Field(min_length=1)]
+    family: FamilyName | None = None
+    tokens: Annotated[int, Field(ge=1, le=32)] = 4
+
+
 class OpenvinoConfig(Record):
     """Of models with `engine: openvino`. `tune`: what its settings for this node's CPU are chosen for: the tokens per
     second of many sequences, or of one, or the precision of logits. `kv_cache`: bytes of a replica's cache; null is
     room for `queue.max_ongoing` sequences of `context` tokens, a quarter of the node's free memory at most.
     `step_tokens`: computed together, at most; a longer prompt is cut, so that the others' next tokens need not wait
-    for all of it. `prompt_lookup`: how many tokens to guess at a time from the text so far; 0 is off."""
+    for all of it. `prompt_lookup`: how many tokens to guess at a time from the text so far; 0 is off. `draft`: guesses
+    with a smaller model instead."""
 
     tune: Tune = "throughput"
     kv_cache: Annotated[ByteSize, Field(gt=0)] | None = None
     # A matrix product of 65 rows takes OpenVINO as long as one of 128.
     step_tokens: Annotated[int, Field(ge=1)] = 64
     prompt_lookup: Annotated[int, Field(ge=0, le=32)] = 0
+    draft: DraftConfig | None = None
+
+    @model_validator(mode="after")
+    def one_way_to_guess(self) -> OpenvinoConfig:
+        if self.prompt_lookup and self.draft:
+            raise ValueError("prompt_lookup and draft are both set; keep one of them: tokens are guessed in one way")
+        return self
 
 
 MAX_ONGOING: dict[EngineName, int] = {"bigdl": 4, "openvino": 32}

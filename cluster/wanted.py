@@ -41,5 +41,10 @@ class Wanted(Record):
         require_engine(self.engine, made.obstacles)
 
 
-def wanted_artifact(model: ModelConfig) -> Wanted:
-    return Wanted(source=model.checkpoint, family=model.family, quantization=model.ggml_type, engine=model.engine)
+def wanted_artifacts(model: ModelConfig) -> list[Wanted]:
+    """The model's own, and that of its draft model, where it has one."""
+    own = Wanted(source=model.checkpoint, family=model.family, quantization=model.ggml_type, engine=model.engine)
+    draft = model.openvino.draft if model.openvino else None
+    if draft is None:
+        return [own]
+    return [own, own.model_copy(update={"source": draft.checkpoint, "family": draft.family or model.family})]

@@ -14,10 +14,11 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from rich.console import Console
 
 from cluster.config import ROUTER_NAME, ArtifactsConfig, ModelConfig, NibbleConfig, parse_config
 from cluster.progress import ensure_artifacts
-from cluster.wanted import Wanted, wanted_artifact
+from cluster.wanted import Wanted, wanted_artifacts
 from deployments.access import Access, load_keys
 from deployments.calls import Calls
 from deployments.families import FAMILY_DEPLOYMENTS
@@ -55,7 +56,7 @@ class Ingress(GrpcApi, KserveApi):
         return self._configs
 
 
-def model_deployment(model: ModelConfig, wanted: Wanted, artifacts: ArtifactsConfig) -> Any:
+def model_deployment(model: ModelConfig, wanted: Sequence[Wanted], artifacts: ArtifactsConfig) -> Any:
     """A model's deployment: replicas of its family's class, each reserving as many CPUs as it has threads."""
     replicas, queue = model.replicas, model.queue
     return (
@@ -75,17 +76,27 @@ def model_deployment(model: ModelConfig, wanted: Wanted, artifacts: ArtifactsCon
     )
 
 
-def application(config: NibbleConfig, artifact_ids: Sequence[str]) -> Any:
-    """The application of models whose artifacts are published already, `artifact_ids` in the order of the models: a
-    replica then only fetches, and needs no CPU but its own."""
+def published_artifacts(config: NibbleConfig, console: Console | None = None) -> list[list[Wanted]]:
+    """The artifacts of each model, by their addresses, once they are published. Raises as ensure_artifacts does."""
+    wanted = [wanted_artifacts(model) for model in config.models]
+    published = iter(ensure_artifacts([each for of_model in wanted for each in of_model], config.artifacts, console))
+    return [
+        [each.model_copy(update={"artifact_id": next(published).manifest.artifact_id}) for each in of_model]
+        for of_model in wanted
+    ]
+
+
+def application(config: NibbleConfig, wanted: Sequence[Sequence[Wanted]]) -> Any:
+    """The application of models whose artifacts, `wanted` in the order of the models, are published already: a replica
+    then only fetches, and needs no CPU but its own."""
     # The router computes little, but a request holds a slot of it to its end: those a model may hold or queue.
     slots = sum(m.queue.max_queued + m.max_ongoing * m.replicas.max for m in config.models)
     ingress = serve.deployment(Ingress).options(
         name=ROUTER_NAME, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=slots + 100
     )
     deployments = [
-        model_deployment(model, wanted_artifact(model).model_copy(update={"artifact_id": id}), config.artifacts)
-        for model, id in zip(config.models, artifact_ids, strict=True)
+        model_deployment(model, of_model, config.artifacts)
+        for model, of_model in zip(config.models, wanted, strict=True)
     ]
     return ingress.bind(config, *deployments)
 
@@ -96,8 +107,7 @@ def build(args: dict[str, Any]) -> Any:
     config = parse_config(args, "args")
     if config.auth.api_keys_file is not None:
         load_keys(config.auth.api_keys_file)  # a mistake in it is told now
-    published = ensure_artifacts([wanted_artifact(model) for model in config.models], config.artifacts)
-    return application(config, [artifact.manifest.artifact_id for artifact in published])
+    return application(config, published_artifacts(config))
 
 
 def grpc_options(port: int) -> dict[str, Any]:

@@ -32,7 +32,10 @@ class Replica:
 
     family: ClassVar[FamilyName]
 
-    async def __init__(self, model: ModelConfig, wanted: Wanted, artifacts: ArtifactsConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, model: ModelConfig, wanted: Sequence[Wanted], artifacts: ArtifactsConfig
+    ) -> None:
+        """`wanted`: the model's artifacts, as `wanted_artifacts` says."""
         if model.family != self.family:
             raise EngineError(f"{model.name}: family {model.family} cannot run in the {self.family} deployment")
         if model.threads > available_cores():
@@ -41,11 +44,13 @@ class Replica:
                 " (its cores, or the cgroup's CPU quota)"
             )
         # Kept, not released: the node's cache evicts nothing that a replica has mapped.
-        self._artifact = await fetch_artifact(wanted, artifacts)
-        folder = self._artifact.folder
+        self._artifacts = [await fetch_artifact(each, artifacts) for each in wanted]
+        folders = [artifact.folder for artifact in self._artifacts]
+        self._tokenizer = Tokenizer(folders[0])
+        for draft in folders[1:]:
+            self._tokenizer.require_same_tokens(Tokenizer(draft), f"{model.name}: openvino.draft.checkpoint")
         self._claim = own_cores(artifacts.cache_dir / "cores", model.threads)
-        self._engine = load_engine(model, folder, self._claim.cores if self._claim else None)
-        self._tokenizer = Tokenizer(folder)
+        self._engine = load_engine(model, folders, self._claim.cores if self._claim else None)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         async for chunk in generate_text(self._engine, self._tokenizer, request):

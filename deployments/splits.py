@@ -44,14 +44,17 @@ def shares(concurrency: int, replicas: int) -> list[int]:
     return [concurrency // replicas + (index < concurrency % replicas) for index in range(replicas)]
 
 
-def try_split(folder: Path, model: ModelConfig, split: Split, cores: Sequence[int], load: Load, rounds: int) -> Result:
-    """Medians over the rounds. Raises EngineError with what a replica said where one fails."""
+def try_split(
+    folders: Sequence[Path], model: ModelConfig, split: Split, cores: Sequence[int], load: Load, rounds: int
+) -> Result:
+    """Medians over the rounds; `folders`: of the model's artifacts. Raises EngineError, with what a replica said, where
+    one fails."""
     sized = model.model_copy(update={"threads": split.threads})
     with ExitStack() as stack:
         replicas = []
         for index in range(split.replicas):
             own = cores[index * split.threads : (index + 1) * split.threads]
-            replicas.append(stack.enter_context(measuring(folder, sized, own, index)))
+            replicas.append(stack.enter_context(measuring(folders, sized, own, index)))
         # One replica or several: each gets its share of the clients, and of the requests.
         per_client = max(1, load.requests // load.concurrency)
         loads = [
@@ -77,10 +80,10 @@ def together(replicas: Sequence[Ask], loads: Sequence[Load]) -> list[Measurement
 
 
 @contextmanager
-def measuring(folder: Path, model: ModelConfig, cores: Sequence[int], seed: int) -> Iterator[Ask]:
+def measuring(folders: Sequence[Path], model: ModelConfig, cores: Sequence[int], seed: int) -> Iterator[Ask]:
     """A replica's engine in a process of its own, loaded and warm. What it yields sends it a load at once and returns
     what waits for the answer."""
-    command = [sys.executable, "-m", "deployments.engines.measure", str(folder), model.model_dump_json()]
+    command = [sys.executable, "-m", "deployments.engines.measure", model.model_dump_json(), *map(str, folders)]
     command += ["--cores", ",".join(map(str, cores)), "--seed", str(seed)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.byte_level import raw_bytes
-from cluster.errors import ArtifactError, InvalidRequestError
+from cluster.errors import ArtifactError, EngineError, InvalidRequestError
 from deployments.chat import ChatTemplate, Conversation
 from deployments.engines.base import TokenMask
 from deployments.grammar import Grammar, GrammarCompiler
@@ -70,6 +70,17 @@ class Tokenizer:
     def chat_stops(self) -> tuple[str, ...]:
         """Strings that end the assistant's message, besides the request's own."""
         return self._chat.stops
+
+    def require_same_tokens(self, other: Tokenizer, field: str) -> None:
+        """Raises EngineError, naming `field`, where a token id has another text in `other`. Ids that only one of them
+        has do not count: vocabularies are padded, and tokens added."""
+        texts = {token: text for text, token in self._tokenizer.get_vocab().items()}
+        for text, token in other._tokenizer.get_vocab().items():
+            if texts.get(token, text) != text:
+                raise EngineError(
+                    f"{field}: found a tokenizer whose token {token} is {text!r}, allowed is one with the model's"
+                    f" tokens: there it is {texts[token]!r}; take a draft model of the same vocabulary"
+                )
 
     def mask(self, grammar: Grammar) -> TokenMask:
         """For one completion from its first token on. The first call takes a second where the vocabulary is large.

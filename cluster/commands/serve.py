@@ -18,9 +18,8 @@ from cluster.errors import ConfigError, NibbleError
 from cluster.families import FAMILIES
 from cluster.isa import available_cores
 from cluster.noted import noted
-from cluster.progress import ensure_artifacts
 from cluster.ray_cluster import CONVERSION_CPUS, joined_cluster, local_cluster
-from cluster.wanted import wanted_artifact
+from cluster.wanted import Wanted
 
 POLL_S = 0.5
 ANSWER_TIMEOUT_S = 30
@@ -41,11 +40,10 @@ def serve(config: NibbleConfig, address: str | None, console: Console, verbose: 
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             say(f"Ray cluster at {ray_address}")
-            wanted = [wanted_artifact(model) for model in config.models]
-            published = ensure_artifacts(wanted, config.artifacts, console)
+            wanted = published(config, console)
             if address is not None:  # a node of our own ends with all that runs on it
                 stack.callback(undeploy)
-            deploy(config, [artifact.manifest.artifact_id for artifact in published])
+            deploy(config, wanted)
             url, grpc_address = addresses(config)
             stack.enter_context(noted(ray_address))
             wait_ready(config, say)
@@ -118,14 +116,20 @@ def local_cpus(config: NibbleConfig, say: Callable[[str], None]) -> int:
     return config.threads + CONVERSION_CPUS
 
 
-def deploy(config: NibbleConfig, artifact_ids: Sequence[str]) -> None:
+def published(config: NibbleConfig, console: Console) -> list[list[Wanted]]:
+    from deployments.app import published_artifacts
+
+    return published_artifacts(config, console)
+
+
+def deploy(config: NibbleConfig, wanted: Sequence[Sequence[Wanted]]) -> None:
     """Starts Serve with nibble's ports where it does not run yet, and deploys the application."""
     from deployments.app import APP_NAME, application, grpc_options
 
     serve = ray_serve()
     http = {"host": config.http.host, "port": config.http.port}
     serve.start(http_options=http, grpc_options=grpc_options(config.grpc.port))
-    target = serve.RunTarget(application(config, artifact_ids), name=APP_NAME, route_prefix="/")
+    target = serve.RunTarget(application(config, wanted), name=APP_NAME, route_prefix="/")
     serve.run_many([target], wait_for_applications_running=False)
 
 

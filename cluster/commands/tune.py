@@ -14,7 +14,7 @@ from cluster.display import ConversionDisplay
 from cluster.errors import ConfigError
 from cluster.isa import available_cores
 from cluster.local_conversion import convert_to_cache
-from cluster.wanted import wanted_artifact
+from cluster.wanted import wanted_artifacts
 from deployments.engines.measure import Load
 from deployments.splits import Result, splits, try_split
 
@@ -24,7 +24,8 @@ def tune(path: Path, name: str | None, load: Load, rounds: int, write: bool, con
     config = load_config(path)
     model = _named(path, config.models, name)
     with ConversionDisplay(console) as display:
-        artifact = convert_to_cache(wanted_artifact(model), config.artifacts, display)
+        artifacts = [convert_to_cache(wanted, config.artifacts, display) for wanted in wanted_artifacts(model)]
+    folders = [artifact.folder for artifact in artifacts]
     cores = sorted(os.sched_getaffinity(0))[: available_cores()]
     console.print(
         f"{model.name} on {model.engine}, {len(cores)} cores: {load.concurrency} clients,"
@@ -33,10 +34,11 @@ def tune(path: Path, name: str | None, load: Load, rounds: int, write: bool, con
     table = Table("replicas x threads", "tokens/s", "first token, ms", "each later token, ms")
     results = []
     for split in splits(len(cores)):
-        results.append(result := try_split(artifact.folder, model, split, cores, load, rounds))
+        results.append(result := try_split(folders, model, split, cores, load, rounds))
         numbers = (f"{result.tokens_per_s:.1f}", f"{result.ttft_ms:.0f}", f"{result.tpot_ms:.1f}")
         table.add_row(f"{split.replicas} x {split.threads}", *numbers)
-    artifact.release()
+    for artifact in artifacts:
+        artifact.release()
     console.print(table)
     best = max(results, key=lambda result: result.tokens_per_s)
     console.print(f"most tokens/s: replicas {best.split.replicas}, threads {best.split.threads}")

@@ -13,8 +13,8 @@ from deployments.engines.scheduler import Piece, Scheduler
 
 @dataclass
 class Counters:
-    """`reused_tokens`: of prompts, taken from the KV cache. `guessed_tokens` were looked up in the text so far,
-    `accepted_tokens` of them were right. `cancelled`: of `requests`. `steps`: runs of the graph."""
+    """`reused_tokens`: of prompts, taken from the KV cache. `guessed_tokens` were looked up in the text so far
+    or drafted, `accepted_tokens` of them were right. `cancelled`: of `requests`. `steps`: runs of the graph."""
 
     requests: int = 0
     prompt_tokens: int = 0

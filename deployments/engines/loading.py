@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,16 +12,18 @@ from deployments.engines.base import Engine
 from deployments.engines.bigdl import BigdlEngine
 
 
-def load_engine(model: ModelConfig, folder: Path, cores: tuple[int, ...] | None) -> Engine:
-    """The model's engine with the artifact in `folder`, on `cores` (None: all of this process). Raises EngineError
-    where its package is missing, and what the engine itself raises."""
+def load_engine(model: ModelConfig, folders: Sequence[Path], cores: tuple[int, ...] | None) -> Engine:
+    """The model's engine with its artifacts (`wanted_artifacts`) in `folders`, on `cores` (None: all of this process).
+    Raises EngineError where its package is missing, and what the engine itself raises."""
+    folder, *drafts = folders
     if model.engine == "bigdl":
         return BigdlEngine(folder, threads=model.threads, context=model.context, cores=cores, isa=model.isa)
     require_openvino()
     from deployments.engines.openvino import OpenvinoEngine  # its package is an extra
 
     options = model.openvino or OpenvinoConfig()
-    return OpenvinoEngine(folder, model.threads, model.context, model.max_ongoing, options, cores)
+    draft = drafts[0] if drafts else None
+    return OpenvinoEngine(folder, model.threads, model.context, model.max_ongoing, options, cores, draft)
 
 
 def require_openvino() -> None:

@@ -1,6 +1,7 @@
-"""Measures an engine in this process, with no serving layer: `python -m deployments.engines.measure FOLDER MODEL`.
+"""Measures an engine in this process, with no serving layer: `python -m deployments.engines.measure MODEL FOLDER…`.
 
-A child process, so that several can run side by side as replicas do. MODEL is a served model's configuration as JSON.
+A child process, so that several can run side by side as replicas do. MODEL is a served model's configuration as JSON,
+FOLDER its artifact, a second one that of its draft model.
 It loads the engine, warms it up and prints a line `ready`; each line on stdin, a Load as JSON, is run once and answered
 with a Measurement, a line of JSON. It ends with stdin.
 """
@@ -79,12 +80,12 @@ def unique_prompts(vocab_size: int, seed: int, length: int) -> Iterator[list[int
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m deployments.engines.measure", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
     parser.add_argument("model", type=ModelConfig.model_validate_json)
+    parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--cores", type=lambda text: tuple(map(int, text.split(","))), default=None)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    engine = load_engine(given.model, given.folder, given.cores)
+    engine = load_engine(given.model, given.folders, given.cores)
     try:
         warm = Load(concurrency=1, requests=1, input_tokens=8, output_tokens=4)
         asyncio.run(measure(engine, warm, unique_prompts(engine.vocab_size, -1, 8)))

@@ -22,14 +22,16 @@ from cluster.isa import available_memory
 from deployments.cores import check_cores
 from deployments.engines.base import Token, TokenRequest
 from deployments.engines.batch import Batch
+from deployments.engines.draft_model import DraftModel
 from deployments.engines.handover import Handover, closed_error
 from deployments.engines.openvino_jobs import EmbedJob, GenerateJob, Job, ScoreJob
 from deployments.engines.openvino_probe import choose_settings
 from deployments.engines.openvino_weights import derived_weights
 from deployments.engines.paged_cache import BLOCK_TOKENS, BlockPool
 from deployments.engines.paged_model import PagedModel, Work
+from deployments.engines.prompt_lookup import PromptLookup
 from deployments.engines.requests import check_prompt, check_request
-from deployments.engines.scheduler import Scheduler
+from deployments.engines.scheduler import Guesser, Scheduler
 
 SHARE_OF_MEMORY = 0.25  # of what is free at start, for a cache whose size was not configured: at most
 
@@ -45,11 +47,12 @@ class OpenvinoEngine:
         max_running: int,
         options: OpenvinoConfig,
         cores: Sequence[int] | None = None,
+        draft: Path | None = None,
     ) -> None:
         """Loads the artifact in `folder` with `threads` threads on `cores` (by default all that the process may use),
-        for at most `max_running` sequences in a step.
+        for at most `max_running` sequences in a step. `draft`: the artifact's folder of the model of `options.draft`.
 
-        Raises EngineError for threads and cores that this process has not, a context that the model has not, a KV
+        Raises EngineError for threads and cores that this process has not, a context that a model has not, a KV
         cache too small for one sequence, and what OpenVINO cannot compile; ArtifactError for a damaged artifact.
         """
         self.threads, self.context = threads, context
@@ -60,7 +63,7 @@ class OpenvinoEngine:
         self._closed = False
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="openvino")
         try:
-            self._batch = self._worker.submit(self._load, folder).result()
+            self._batch = self._worker.submit(self._load, folder, draft).result()
         except BaseException:
             self._worker.shutdown()
             raise
@@ -70,7 +73,7 @@ class OpenvinoEngine:
         """See Engine.generate. Raises InvalidRequestError for a prompt or max_tokens that cannot be served."""
         check_request(request, self.context, self.vocab_size)
         handover: Handover[Token] = Handover(asyncio.get_running_loop())
-        with self._submitted(GenerateJob(request, self.context, self._options.prompt_lookup, handover)):
+        with self._submitted(GenerateJob(request, self.context, handover)):
             while True:
                 tokens = await handover.take()
                 yield tokens
@@ -128,37 +131,45 @@ class OpenvinoEngine:
         self._batch.drop(closed_error())
         del self._batch
 
-    def _load(self, folder: Path) -> Batch:
+    def _load(self, folder: Path, draft: Path | None) -> Batch:
         # Before OpenVINO starts its threads: they inherit the mask of this one.
         os.sched_setaffinity(0, self.cores)
+        options = self._options
+        paged, self._pool = self._model(folder, "this model", options.kv_cache)
+        self.vocab_size = paged.vocab_size
+        self._settings = paged.settings
+        guesser: Guesser | None = PromptLookup(options.prompt_lookup) if options.prompt_lookup else None
+        if draft and options.draft:
+            guesser = DraftModel(
+                *self._model(draft, "its draft model"), options.draft.tokens, options.step_tokens, self.vocab_size
+            )
+        return Batch(paged, Scheduler(self._pool, options.step_tokens, self._max_running, guesser))
+
+    def _model(self, folder: Path, role: str, kv_cache: int | None = None) -> tuple[PagedModel, BlockPool]:
+        """Ready for its first step, with a KV cache of `kv_cache` bytes. `role`: what errors call it."""
         weights, model = derived_weights(folder)
         if not 1 <= self.context <= (model.context or self.context):
-            raise EngineError(f"context: found {self.context}, allowed for this model is 1 to {model.context}")
-        self.vocab_size = model.vocabulary
-        self._settings = choose_settings(weights, model, self.threads, self._options.tune)
-        paged = PagedModel(weights, model, self.threads, self._settings)
-        self._pool = BlockPool(self._blocks(paged.block_bytes))
-        paged.allocate(self._pool.size)
-        self._warm_up(paged)
-        return Batch(paged, Scheduler(self._pool, self._options.step_tokens, self._max_running))
+            raise EngineError(f"context: found {self.context}, allowed for {role} is 1 to {model.context}")
+        settings = choose_settings(weights, model, self.threads, self._options.tune)
+        paged = PagedModel(weights, model, self.threads, settings)
+        pool = BlockPool(self._blocks(paged.block_bytes, kv_cache))
+        paged.allocate(pool.size)
+        # OpenVINO packs weights and compiles kernels when the first step runs, for seconds; and a damaged model fails
+        # here, not at the first request.
+        for count in (min(self._options.step_tokens, self.context), 1):
+            paged.step([Work([0] * count, 0, range(pool.size), [count - 1])])
+        return paged, pool
 
-    def _warm_up(self, paged: PagedModel) -> None:
-        """OpenVINO packs weights and compiles kernels when the first step runs, for seconds; and a damaged model fails
-        here, not at the first request."""
-        tokens = min(self._options.step_tokens, self.context)
-        for count in (tokens, 1):
-            paged.step([Work([0] * count, 0, range(self._pool.size), [count - 1])])
-
-    def _blocks(self, block_bytes: int) -> int:
+    def _blocks(self, block_bytes: int, kv_cache: int | None) -> int:
         needed = -(-self.context // BLOCK_TOKENS)
-        if self._options.kv_cache is None:
+        if kv_cache is None:
             share = int(SHARE_OF_MEMORY * available_memory()) // block_bytes
             return max(needed, min(needed * self._max_running, share))
-        blocks = int(self._options.kv_cache) // block_bytes
+        blocks = int(kv_cache) // block_bytes
         if blocks < needed:
             raise EngineError(
-                f"openvino.kv_cache: found {self._options.kv_cache} bytes, allowed are {needed * block_bytes} and more:"
-                f" what one sequence of {self.context} tokens needs"
+                f"openvino.kv_cache: found {kv_cache} bytes, allowed are {needed * block_bytes} and more: what one"
+                f" sequence of {self.context} tokens needs"
             )
         return blocks
 

@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from deployments.engines.base import FinishReason, Logits, Token, TokenRequest
 from deployments.engines.handover import Handover
-from deployments.engines.prompt_lookup import look_up
 from deployments.engines.scheduler import Piece, Running
 from deployments.sampling import Sampler, log_probabilities
 
@@ -34,21 +33,19 @@ class Job(Running, ABC):
 
 
 class GenerateJob(Job):
-    """`lookup`: how many tokens to guess from the text so far. A guess is compared with the token that nibble's own
-    sampling draws at its place, which depends on nothing but logits, seed and position: what comes out is the same with
-    and without guesses, whatever the sampling."""
+    """A guess is compared with the token that nibble's own sampling draws at its place, which depends on nothing but
+    logits, seed and position: what comes out is the same with and without guesses, whatever the sampling."""
 
-    def __init__(self, request: TokenRequest, context: int, lookup: int, handover: Handover[Token]) -> None:
+    def __init__(self, request: TokenRequest, context: int, handover: Handover[Token]) -> None:
         super().__init__(list(request.prompt))
         self.handover = handover
         self._request = request
         self._limit = min(request.max_tokens, context - len(request.prompt))
-        self._lookup = lookup
         self._sampler = Sampler(request.sampling, request.prompt, request.eos_token_ids, request.mask)
 
-    def guesses(self, limit: int) -> Sequence[int]:
-        limit = min(limit, self._lookup, self._limit - self.new_tokens - 1)
-        return look_up(self.tokens, limit) if limit > 0 else ()
+    @property
+    def guessable(self) -> int:
+        return self._limit - self.new_tokens - 1
 
     def rows(self, piece: Piece[Job]) -> Sequence[int]:
         count = len(piece.tokens)

@@ -22,7 +22,7 @@ NEARLY = 1.15  # times the shortest
 # Sequences that decode together: what each aim is measured on.
 SEQUENCES: dict[Tune, int] = {"latency": 1, "throughput": 8}
 
-EXACT = Settings(precision="f32", quantized_activations=False, cache="f16")
+EXACT = Settings(precision="f32", quantized_activations=False)
 
 
 def choose_settings(weights: DerivedWeights, model: Hyperparameters, threads: int, tune: Tune) -> Settings:

@@ -23,11 +23,12 @@ from deployments.engines.paged_cache import BLOCK_TOKENS
 class Settings:
     """Of OpenVINO's CPU plugin. `precision`: f32 or bf16, of activations. `quantized_activations`: whether a matrix
     product takes them as 8-bit integers, in groups as long as a block of weights (DYNAMIC_QUANTIZATION_GROUP_SIZE):
-    several times as fast on batches, at some cost of precision. `cache`: u8, f16 or f32, of keys and values."""
+    several times as fast on batches, at some cost of precision. `cache`: u8, f16 or f32, of keys and values; f16 takes
+    less time than u8, for 1.7 times the memory (tests/bench/NOTES.md)."""
 
     precision: str = "f32"
     quantized_activations: bool = True
-    cache: str = "u8"
+    cache: str = "f16"
 
     def properties(self, threads: int) -> dict[str, Any]:
         return {

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Generic, Protocol, TypeVar
 
 from deployments.engines.paged_cache import BlockPool
 
@@ -27,9 +27,22 @@ class Running:
         self.reused: int | None = None  # tokens that were in the cache already when it was let in first
         self.table: list[int] = []
 
-    def guesses(self, limit: int) -> Sequence[int]:
-        """Up to `limit` tokens that may come after `tokens`; right or wrong, they only cost or save time."""
-        return ()
+    @property
+    def guessable(self) -> int:
+        """How many guesses of the tokens after `tokens` can be of use, at most."""
+        return 0
+
+
+class Guesser(Protocol):
+    """Guesses what comes next, `tokens` at a time at most. Right or wrong, guesses only cost or save time."""
+
+    tokens: int
+
+    def guess(self, wanted: Sequence[tuple[Running, int]]) -> list[list[int]]:
+        """Of each sequence up to so many tokens that may follow its own, perhaps none."""
+
+    def forget(self, sequence: Running) -> None:
+        """It ended, or waits again."""
 
 
 S = TypeVar("S", bound=Running)
@@ -50,9 +63,9 @@ class Piece(Generic[S]):
 class Scheduler(Generic[S]):
     """`budget`: tokens of one step; `max_running`: sequences in one step, at most."""
 
-    def __init__(self, pool: BlockPool, budget: int, max_running: int) -> None:
+    def __init__(self, pool: BlockPool, budget: int, max_running: int, guesser: Guesser | None = None) -> None:
         self.pool = pool
-        self._budget, self._max_running = budget, max_running
+        self._budget, self._max_running, self._guesser = budget, max_running, guesser
         self.waiting: deque[S] = deque()
         self.running: list[S] = []  # the oldest first
 
@@ -61,7 +74,7 @@ class Scheduler(Generic[S]):
 
     def remove(self, sequence: S) -> None:
         """One that ended, or that nobody waits for any more."""
-        self.pool.release(sequence.table)
+        self._release(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
         else:
@@ -78,6 +91,9 @@ class Scheduler(Generic[S]):
                 continue
             pieces.append(self._piece(sequence, left))
             left -= len(pieces[-1].tokens)
+        if self._guesser and left and pieces:
+            self._guess(pieces, left, self._guesser)
+            left = self._budget - sum(len(piece.tokens) for piece in pieces)
         while left and self.waiting and len(self.running) < self._max_running and self._admit(self.waiting[0]):
             pieces.append(self._piece(self.running[-1], left))
             left -= len(pieces[-1].tokens)
@@ -94,14 +110,23 @@ class Scheduler(Generic[S]):
     def _piece(self, sequence: S, left: int) -> Piece[S]:
         start = sequence.computed
         tokens = sequence.tokens[start : start + left]
-        last = start + len(tokens) == len(sequence.tokens)
-        guesses: Sequence[int] = ()
+        return Piece(sequence, start, tokens, 0, start + len(tokens) == len(sequence.tokens))
+
+    def _guess(self, pieces: list[Piece[S]], left: int, guesser: Guesser) -> None:
+        """Appends guesses to the pieces of sequences that generate, `left` in all at most, where there are blocks."""
         # A step with guesses is hardly slower while the weights' way from memory is what takes the time: few sequences.
-        if last and len(tokens) == 1 and left > 1:
-            guesses = sequence.guesses(min(left - 1, self._budget // (4 * max(1, len(self.running)))))
-            if guesses and not self.pool.grow(sequence.table, start + 1 + len(guesses)):
-                guesses = ()
-        return Piece(sequence, start, [*tokens, *guesses], len(guesses), last)
+        most = min(guesser.tokens, self._budget // (4 * len(self.running)))
+        wanted: list[tuple[S, int]] = []
+        for piece in pieces:
+            count = min(most, left, piece.sequence.guessable) if piece.last and len(piece.tokens) == 1 else 0
+            if count > 0:
+                wanted.append((piece.sequence, count))
+                left -= count
+        found = {id(each): guesses for (each, _), guesses in zip(wanted, guesser.guess(wanted), strict=True)}
+        for number, piece in enumerate(pieces):
+            guesses = found.get(id(piece.sequence))
+            if guesses and self.pool.grow(piece.sequence.table, piece.start + 1 + len(guesses)):
+                pieces[number] = replace(piece, tokens=[*piece.tokens, *guesses], guessed=len(guesses))
 
     def _admit(self, sequence: S) -> bool:
         """Lets the first that waits in, where the blocks for all its tokens are there."""
@@ -127,5 +152,10 @@ class Scheduler(Generic[S]):
         return True
 
     def _give_up(self, sequence: S) -> None:
-        self.pool.release(sequence.table)
+        self._release(sequence)
         sequence.computed = 0
+
+    def _release(self, sequence: S) -> None:
+        self.pool.release(sequence.table)
+        if self._guesser:
+            self._guesser.forget(sequence)

@@ -42,7 +42,7 @@ from cluster.display import ConversionDisplay
 from cluster.local_conversion import convert_to_cache
 from cluster.manifest import Manifest
 from cluster.ray_cluster import free_ports
-from cluster.wanted import wanted_artifact
+from cluster.wanted import wanted_artifacts
 from deployments.engines.loading import load_engine
 from tests.bench.compare_clients import EngineClient, UpstreamClient
 
@@ -94,9 +94,9 @@ def systems(given: argparse.Namespace, stack: ExitStack, scratch: Path) -> dict[
         threads=given.threads, context=CONTEXT,
     )  # fmt: skip
     with ConversionDisplay(Console(stderr=True)) as display:
-        artifact = convert_to_cache(wanted_artifact(model), ArtifactsConfig(), display)
+        (artifact,) = [convert_to_cache(wanted, ArtifactsConfig(), display) for wanted in wanted_artifacts(model)]
     stack.callback(artifact.release)
-    engine = load_engine(model, artifact.folder, None)
+    engine = load_engine(model, [artifact.folder], None)
     stack.callback(engine.close)
     http, grpc, llama = free_ports(3)
     config = scratch / "nibble.yaml"

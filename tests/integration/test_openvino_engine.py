@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.config import OpenvinoConfig
+from cluster.config import DraftConfig, OpenvinoConfig
 from cluster.errors import EngineError, InvalidRequestError
 from cluster.families import FAMILY_NAMES, FamilyName
 from deployments.engines.base import SamplingParams, Token, TokenRequest
+from deployments.engines.draft_model import DraftModel
 from deployments.engines.openvino import OpenvinoEngine
 from deployments.engines.paged_cache import BLOCK_TOKENS
 from deployments.engines.paged_model import PagedModel
@@ -49,9 +50,12 @@ def engine(request: pytest.FixtureRequest, demo_artifact: Artifact) -> Iterator[
 def llama(demo_artifact: Artifact) -> Iterator[Callable[..., OpenvinoEngine]]:
     engines = []
 
-    def load(max_running: int = 8, **options: object) -> OpenvinoEngine:
+    def load(max_running: int = 8, draft: FamilyName | None = None, **options: object) -> OpenvinoEngine:
+        if draft:
+            options["draft"] = {"checkpoint": f"builtin:{draft}"}
         config = OpenvinoConfig.model_validate({"tune": "precision", **options})
-        engines.append(OpenvinoEngine(demo_artifact("llama"), 1, CONTEXT, max_running, config))
+        folder = demo_artifact(draft) if draft else None
+        engines.append(OpenvinoEngine(demo_artifact("llama"), 1, CONTEXT, max_running, config, draft=folder))
         return engines[-1]
 
     yield load
@@ -175,6 +179,36 @@ async def test_guesses_change_nothing_but_the_number_of_steps(
     assert int(info["steps"]) == int(plain.info()["steps"]) - int(info["accepted_tokens"])
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=0.3, seed=3)])
+@pytest.mark.parametrize("draft", ["llama", "gptneox"])
+async def test_a_draft_model_changes_nothing_but_the_number_of_steps(
+    llama: Callable[..., OpenvinoEngine], sampling: SamplingParams, draft: FamilyName
+) -> None:
+    request = TokenRequest(prompt(3, 100), 60, sampling)  # more than a step: the draft model catches up in two
+    plain, guessing = llama(), llama(draft=draft)
+    assert await ids(guessing, request) == await ids(plain, request)
+    info = guessing.info()
+    guessed, accepted = int(info["guessed_tokens"]), int(info["accepted_tokens"])
+    assert int(info["steps"]) == int(plain.info()["steps"]) - accepted
+    if draft == "llama" and sampling == GREEDY:  # it guesses for itself, four tokens at a time
+        assert accepted == guessed > 40
+    else:
+        assert guessed > accepted
+
+
+async def test_a_draft_model_guesses_for_many_and_its_blocks_come_back(llama: Callable[..., OpenvinoEngine]) -> None:
+    requests = [TokenRequest(prompt(i, 10 + 9 * i), TOKENS, GREEDY) for i in range(6)]
+    plain, guessing = llama(), llama(draft="llama")
+    expected = await asyncio.gather(*(ids(plain, request) for request in requests))
+    found = await asyncio.gather(*(ids(guessing, request) for request in requests))
+    assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 5
+    assert int(guessing.info()["accepted_tokens"]) > TOKENS
+    guesser = guessing._batch._scheduler._guesser
+    assert isinstance(guesser, DraftModel)
+    guesser.check_integrity()
+    assert guesser._pool.free == guesser._pool.size
+
+
 async def test_a_step_that_fails_fails_its_sequences_and_the_engine_goes_on(
     llama: Callable[..., OpenvinoEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +257,9 @@ def test_what_cannot_be_loaded_is_refused(demo_artifact: Artifact) -> None:
         OpenvinoEngine(demo_artifact("llama"), 1, CONTEXT, 2, OpenvinoConfig(tune="precision", kv_cache=1000))
     with pytest.raises(EngineError, match="context: found 513, allowed for this model is 1 to 512"):
         OpenvinoEngine(demo_artifact("starcoder"), 1, 513, 2, PRECISE)
+    options = OpenvinoConfig(tune="precision", draft=DraftConfig(checkpoint="builtin:starcoder"))
+    with pytest.raises(EngineError, match="context: found 513, allowed for its draft model is 1 to 512"):
+        OpenvinoEngine(demo_artifact("llama"), 1, 513, 2, options, draft=demo_artifact("starcoder"))
     with pytest.raises(EngineError, match="threads: found 0"):
         OpenvinoEngine(demo_artifact("llama"), 0, CONTEXT, 2, PRECISE)
 

@@ -35,7 +35,11 @@ def served() -> Iterator[Served]:
             f"- {{name: qwen2, family: llama, checkpoint: {qwen}, engine: openvino, threads: 1, context: 128,"
             " openvino: {tune: precision, prompt_lookup: 4, kv_cache: 4MB}}"
         )
-        with serving(home, f"models:\n{MODELS}\n{own}\n", http_port, grpc_port) as served:
+        drafted = (
+            "- {name: drafted, family: llama, checkpoint: 'builtin:llama', engine: openvino, threads: 1,"
+            " openvino: {draft: {checkpoint: 'builtin:llama', tokens: 3}}}"
+        )
+        with serving(home, f"models:\n{MODELS}\n{own}\n{drafted}\n", http_port, grpc_port) as served:
             yield served
 
 
@@ -48,6 +52,13 @@ def test_the_demos_answer_as_on_the_other_engine(served: Served, family: str) ->
     else:
         assert "CPU" in answer
         assert "processor" in answer or "instructions" in answer
+
+
+def test_with_a_draft_model_the_answer_is_the_same(served: Served) -> None:
+    answers = {
+        text_of(complete(served, name, QUESTIONS[0], max_tokens=40, temperature=0)) for name in ("llama", "drafted")
+    }
+    assert len(answers) == 1
 
 
 def test_many_at_once_get_the_answers_that_each_gets_alone(served: Served) -> None:
@@ -108,7 +119,9 @@ def test_a_checkpoint_that_bigdl_refuses_is_served_and_the_status_names_its_engi
     assert text_of(first) == text_of(again)
     assert first.json()["usage"]["completion_tokens"] == 20
     cards = httpx.get(f"{served.http}/v1/models").json()["data"]
-    assert {card["id"]: card["engine"] for card in cards} == dict.fromkeys([*FAMILY_NAMES, "qwen2"], "openvino")
+    assert {card["id"]: card["engine"] for card in cards} == dict.fromkeys(
+        [*FAMILY_NAMES, "qwen2", "drafted"], "openvino"
+    )
     status = served.sandbox.run("status")
     assert "openvino" in status.stdout, status.stdout + status.stderr
 

@@ -17,7 +17,7 @@ from cluster.errors import CheckpointError
 from cluster.families import EngineName
 from cluster.manifest import MANIFEST_FILE, ChunkEntry, Manifest
 from cluster.ray_errors import raised_here
-from cluster.wanted import Wanted, wanted_artifact
+from cluster.wanted import Wanted, wanted_artifacts
 from tests.conftest import convert_here
 from tests.integration.converting import artifacts
 from tests.random_checkpoint import OPENVINO_SHAPES, write_lively_weights, write_random_checkpoint
@@ -49,7 +49,15 @@ def artifact_of_repository(folder: Path, seed: int) -> tuple[Path, Manifest]:
 
 def test_the_engine_that_a_model_names_is_wanted() -> None:
     model = ModelConfig(name="a", family="llama", checkpoint="org/repo", engine="openvino")
-    assert wanted_artifact(model).engine == "openvino"
+    assert [wanted.engine for wanted in wanted_artifacts(model)] == ["openvino"]
+
+
+def test_the_artifact_of_a_draft_model_is_wanted_too() -> None:
+    draft = {"checkpoint": "org/small", "tokens": 2}
+    model = ModelConfig(name="a", family="llama", checkpoint="org/repo", engine="openvino", openvino={"draft": draft})
+    own, of_draft = wanted_artifacts(model)
+    assert (own.source, of_draft.source) == ("org/repo", "org/small")
+    assert (of_draft.family, of_draft.engine, of_draft.quantization) == ("llama", "openvino", own.quantization)
 
 
 def test_a_checkpoint_that_the_engine_cannot_run_is_refused_before_its_weights_are_read(

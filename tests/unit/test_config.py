@@ -9,6 +9,7 @@ from cluster.config import default_config, load_config, parse_config
 from cluster.errors import ConfigError
 
 MODEL = {"name": "a", "family": "llama", "checkpoint": "builtin:llama"}
+OPENVINO = MODEL | {"engine": "openvino"}
 
 
 def test_defaults_serve_the_four_demos() -> None:
@@ -97,6 +98,15 @@ def test_access_and_limits_are_set_as_people_write_them(monkeypatch: pytest.Monk
         ({"models": [MODEL], "limits": {"timeout_s": float("inf")}}, "limits.timeout_s: found inf"),
         ({"models": [MODEL], "limits": {"keep_alive_s": None}}, "limits.keep_alive_s: found None"),
         ({"models": [MODEL], "logging": {"prompts": "some"}}, "logging.prompts: found 'some'"),
+        (
+            {"models": [OPENVINO | {"openvino": {"prompt_lookup": 4, "draft": {"checkpoint": "org/small"}}}]},
+            "models[0].openvino: prompt_lookup and draft are both set",
+        ),
+        (
+            {"models": [OPENVINO | {"openvino": {"draft": {"checkpoint": "org/small", "tokens": 0}}}]},
+            "models[0].openvino.draft.tokens: found 0",
+        ),
+        ({"models": [MODEL | {"openvino": {"draft": {"checkpoint": "org/small"}}}]}, "options of engine openvino"),
         ({"models": [MODEL | {"replicas": {"min": 3, "max": 2}}]}, "models[0].replicas: min is 3, max is 2"),
     ],
 )

@@ -8,17 +8,31 @@ from deployments.engines.scheduler import Piece, Running, Scheduler
 B = BLOCK_TOKENS
 
 
-class Guessing(Running):
-    def __init__(self, tokens: list[int], guesses: list[int]) -> None:
-        super().__init__(tokens)
-        self._guesses = guesses
-
-    def guesses(self, limit: int) -> Sequence[int]:
-        return self._guesses[:limit]
+class Guessable(Running):
+    guessable = 100
 
 
-def scheduler(blocks: int = 16, budget: int = 64, max_running: int = 8) -> Scheduler[Running]:
-    return Scheduler(BlockPool(blocks), budget, max_running)
+class Fixed:
+    """A Guesser that says the same of every sequence, and notes what is asked of it."""
+
+    def __init__(self, *guesses: int) -> None:
+        self.tokens = len(guesses)
+        self._guesses = list(guesses)
+        self.limits: list[list[int]] = []
+        self.forgotten: list[Running] = []
+
+    def guess(self, wanted: Sequence[tuple[Running, int]]) -> list[list[int]]:
+        self.limits.append([limit for _, limit in wanted])
+        return [self._guesses[:limit] for _, limit in wanted]
+
+    def forget(self, sequence: Running) -> None:
+        self.forgotten.append(sequence)
+
+
+def scheduler(
+    blocks: int = 16, budget: int = 64, max_running: int = 8, guesser: Fixed | None = None
+) -> Scheduler[Running]:
+    return Scheduler(BlockPool(blocks), budget, max_running, guesser)
 
 
 def run(scheduler: Scheduler[Running]) -> list[Piece[Running]]:
@@ -100,13 +114,48 @@ def test_one_that_shares_starts_behind_what_was_computed_and_one_that_does_not_a
 
 
 def test_guesses_come_along_with_a_single_token_and_as_far_as_blocks_are_there() -> None:
-    s = scheduler(budget=64, blocks=1)
-    s.add(Guessing([1] * (B - 4), [8, 9, 8]))
+    s = scheduler(budget=64, blocks=1, guesser=Fixed(8, 9, 8))
+    s.add(Guessable([1] * (B - 4)))
     run(s)
     (piece,) = run(s)
     assert (piece.tokens, piece.guessed) == ([7, 8, 9, 8], 3)
     (piece,) = run(s)  # one right of it, then the block would be full
     assert piece.guessed == 0
+
+
+def test_more_sequences_get_fewer_guesses_and_what_cannot_use_them_none() -> None:
+    guesser = Fixed(8, 8, 8, 8, 8, 8)
+    s = scheduler(budget=16, guesser=guesser)
+    s.add(Guessable([1]))
+    s.add(Running([2]))
+    s.add(Guessable([3]))
+    run(s)
+    assert [piece.guessed for piece in run(s)] == [1, 0, 1]  # 16 // (4 * 3)
+    s.remove(s.running[0])
+    assert [piece.guessed for piece in run(s)] == [0, 2]  # 16 // (4 * 2)
+
+
+def test_a_prompt_under_way_comes_before_guesses() -> None:
+    guesser = Fixed(8)
+    s = scheduler(budget=8, guesser=guesser)
+    s.add(Guessable([1]))
+    s.add(Guessable([2] * 40))
+    run(s)
+    assert [(len(piece.tokens), piece.guessed) for piece in run(s)] == [(1, 0), (7, 0)]
+    assert guesser.limits == []
+
+
+def test_the_guesser_forgets_what_ends_and_what_gives_its_blocks_up() -> None:
+    guesser = Fixed(8)
+    s = scheduler(blocks=2, guesser=guesser)
+    old, young = Guessable([1] * B), Guessable([2] * 5)
+    s.add(old)
+    s.add(young)
+    run(s)
+    run(s)  # the older one's next token needs a block
+    assert set(guesser.forgotten) == {young}
+    s.remove(old)
+    assert guesser.forgotten[-1] is old
 
 
 def test_removing_a_waiting_and_a_running_one_frees_everything() -> None:

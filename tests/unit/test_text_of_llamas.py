@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer as RawTokenizer
 
-from cluster.errors import InvalidRequestError
+from cluster.errors import EngineError, InvalidRequestError
 from deployments.chat import Conversation, Message
 from deployments.grammar import Grammar
 from deployments.text import IncrementalDetokenizer, Tokenizer
@@ -49,6 +49,18 @@ def test_ids_and_text_are_those_of_tokenizer_json(kind: TokenizerKind, folder: P
     assert tokenizer.decode(ids) == raw.decode(list(ids)) == text
     detokenizer = IncrementalDetokenizer(tokenizer)
     assert "".join(detokenizer.add([token]) for token in ids) + detokenizer.end() == text
+
+
+def test_a_draft_model_must_have_the_same_tokens(folder: Path) -> None:
+    tokenizer, state = Tokenizer(folder), json.loads((folder / "tokenizer.json").read_text())
+    tokenizer.require_same_tokens(Tokenizer(folder), "draft")
+    vocab = state["model"]["vocab"]
+    first, second = [text for text, _ in sorted(vocab.items(), key=lambda item: item[1])][-2:]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    state["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(EngineError, match=r"draft: found a tokenizer whose token \d+ is .*, allowed is one with"):
+        tokenizer.require_same_tokens(Tokenizer(folder), "draft")
 
 
 def test_a_special_token_spelled_out_is_that_token_and_has_no_text(kind: TokenizerKind, folder: Path) -> None:
