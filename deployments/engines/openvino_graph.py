@@ -32,7 +32,7 @@ BATCH_INPUTS = ("past_lens", "subsequence_begins", "block_indices", "block_indic
 class Positions(NamedTuple):
     """How a family's attention knows of positions, besides a position embedding."""
 
-    cos: Any = None  # [tokens, 1, rotated / 2]
+    cos: Any = None  # [tokens, 1, 1, rotated]
     sin: Any = None
     rotated: int = 0
     slopes: npt.NDArray[np.float32] | None = None  # ALiBi, [heads]
@@ -116,9 +116,9 @@ class _Builder:
     def _positions(self) -> Positions:
         model = self._model
         if model.rotary is not None:
-            frequencies = op.constant(inverse_frequencies(model.rotary).reshape(1, 1, -1))
+            frequencies = op.constant(np.tile(inverse_frequencies(model.rotary), 2).reshape(1, 1, 1, -1))
             where = op.convert(self._inputs["position_ids"], "f32")
-            angles = op.multiply(op.reshape(where, op.constant(np.array([-1, 1, 1])), False), frequencies)
+            angles = op.multiply(op.reshape(where, op.constant(np.array([-1, 1, 1, 1])), False), frequencies)
             return Positions(op.cos(angles), op.sin(angles), model.rotary.width)
         if "position_embedding.weight" in self._weights:
             return Positions()
@@ -180,18 +180,19 @@ def alibi_slopes(heads: int) -> npt.NDArray[np.float32]:
 
 
 def _rotate(x: Any, head_width: int, positions: Positions) -> Any:
-    """Turns each head's first `rotated` numbers, the i-th of their first half with the i-th of the second."""
-    width = x.get_partial_shape()[1].get_length()
-    heads, half = op.constant(np.array([0, width // head_width, head_width])), positions.rotated // 2
-    lengths = [half, half] + ([head_width - 2 * half] if head_width > 2 * half else [])
-    parts = op.variadic_split(op.reshape(x, heads, True), op.constant(np.int64(2)), op.constant(np.array(lengths)))
-    first, second, *rest = parts.outputs()
-    cos, sin = positions.cos, positions.sin
-    turned = [
-        op.subtract(op.multiply(first, cos), op.multiply(second, sin)),
-        op.add(op.multiply(second, cos), op.multiply(first, sin)),
-    ]
-    return op.reshape(op.concat([*turned, *rest], 2), op.constant(np.array([0, width])), True)
+    """Turns each head's first `rotated` numbers, the i-th of their first half with the i-th of the second. Written as
+    the plugin recognises it (OpenVINO's RoPEFusionGPTNEOX and RoPEFusionIOSlicing), to compute it in one operation."""
+    width, rotated, last = x.get_partial_shape()[1].get_length(), positions.rotated, op.constant(np.int64(3))
+    x = op.reshape(x, op.constant(np.array([0, width // head_width, 1, head_width])), True)
+    kept = []
+    if rotated < head_width:
+        x, *kept = op.variadic_split(x, last, op.constant(np.array([rotated, head_width - rotated]))).outputs()
+    first, second = op.variadic_split(x, last, op.constant(np.array([rotated // 2] * 2))).outputs()
+    half_turned = op.concat([op.multiply(second, _float(-1)), first], -1)
+    turned = op.add(op.multiply(x, positions.cos), op.multiply(half_turned, positions.sin))
+    if kept:
+        turned = op.concat([turned, *kept], -1)
+    return op.reshape(turned, op.constant(np.array([0, width])), True)
 
 
 def _parameter(name: str, kind: ov.Type, dimensions: int = 1) -> Any:
