@@ -21,6 +21,7 @@ from cluster.progress import ensure_artifacts
 from cluster.wanted import Wanted, wanted_artifacts
 from deployments.access import Access, load_keys
 from deployments.calls import Calls
+from deployments.engines.loading import ENVIRONMENT
 from deployments.families import FAMILY_DEPLOYMENTS
 from deployments.grpc_api import SERVICER_FUNCTIONS, GrpcApi
 from deployments.http_api import build_http_api
@@ -63,7 +64,10 @@ def model_deployment(model: ModelConfig, wanted: Sequence[Wanted], artifacts: Ar
         serve.deployment(FAMILY_DEPLOYMENTS[model.family])
         .options(
             name=model.name,
-            ray_actor_options={"num_cpus": model.threads},
+            ray_actor_options={
+                "num_cpus": model.threads,
+                "runtime_env": {"env_vars": ENVIRONMENT[model.engine]},
+            },
             max_ongoing_requests=model.max_ongoing,
             max_queued_requests=queue.max_queued,
             autoscaling_config={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import IO, NamedTuple
 
 from cluster.config import ModelConfig
 from cluster.errors import EngineError
+from deployments.engines.loading import ENVIRONMENT
 from deployments.engines.measure import Load, Measurement
 
 
@@ -85,9 +87,9 @@ def measuring(folders: Sequence[Path], model: ModelConfig, cores: Sequence[int],
     what waits for the answer."""
     command = [sys.executable, "-m", "deployments.engines.measure", model.model_dump_json(), *map(str, folders)]
     command += ["--cores", ",".join(map(str, cores)), "--seed", str(seed)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as child:
+    environment = os.environ | ENVIRONMENT[model.engine]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment) as child:
         assert child.stdin is not None, "it is a pipe"
 
         def line() -> str:

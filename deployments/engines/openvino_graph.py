@@ -2,7 +2,7 @@
 
 One builder for all families: they differ in their norms, positions, feed-forward and biases, and each of these is one
 `if` here. A step's tokens, of however many sequences, lie one after the other: every activation is [tokens, width].
-Only the rows asked for go through the output matrix.
+Only the rows asked for go through the rest of the last layer and the output matrix.
 
 PagedAttentionExtension is OpenVINO's own operation, the one that its continuous batching pipeline puts in the place of
 scaled dot product attention. Built directly, a model needs no such transformation, and ALiBi, grouped heads and sliding
@@ -62,15 +62,20 @@ class _Builder:
             x = self._norm(x, "embedding_norm")
         positions = self._positions()
         for i in range(layers):
-            x = self._layer(x, f"layers.{i}", i, positions)
-        hidden = self._norm(op.gather(x, inputs["output_rows"], zero), "final_norm")
+            x = self._layer(x, i, positions, last=i == layers - 1)
+        hidden = self._norm(x, "final_norm")
         results = {"logits": self._linear(hidden, "output"), "hidden": hidden}
         for name, node in results.items():
             node.output(0).set_names({name})
         return ov.Model([op.result(node) for node in results.values()], list(inputs.values()), "decoder")
 
-    def _layer(self, x: Any, name: str, index: int, positions: Positions) -> Any:
+    def _layer(self, x: Any, index: int, positions: Positions, last: bool) -> Any:
+        name = f"layers.{index}"
         attention = self._attention(self._norm(x, f"{name}.attention_norm"), name, index, positions)
+        if last:  # of all other rows nobody needs more than the keys and values
+            rows, zero = self._inputs["output_rows"], op.constant(np.int64(0))
+            x, attention = (op.gather(part, rows, zero) for part in (x, attention))
+        attention = self._linear(attention, f"{name}.attention_out")
         if self._model.parallel_residual:
             return op.add(op.add(x, attention), self._feed_forward(self._norm(x, f"{name}.mlp_norm"), name))
         x = op.add(x, attention)
@@ -83,7 +88,7 @@ class _Builder:
         q, k, v = op.variadic_split(self._linear(x, f"{name}.qkv"), op.constant(np.int64(1)), lengths).outputs()
         if positions.rotated:
             q, k = (_rotate(part, model.head_width, positions) for part in (q, k))
-        return self._linear(self._paged_attention(q, k, v, index, positions.slopes), f"{name}.attention_out")
+        return self._paged_attention(q, k, v, index, positions.slopes)
 
     def _feed_forward(self, x: Any, name: str) -> Any:
         up = self._linear(x, f"{name}.mlp_up")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -43,7 +44,7 @@ from cluster.local_conversion import convert_to_cache
 from cluster.manifest import Manifest
 from cluster.ray_cluster import free_ports
 from cluster.wanted import wanted_artifacts
-from deployments.engines.loading import load_engine
+from deployments.engines.loading import ENVIRONMENT, load_engine
 from tests.bench.compare_clients import EngineClient, UpstreamClient
 
 ROOT = Path(__file__).parents[2]
@@ -175,6 +176,9 @@ def main() -> None:
     parser.add_argument("--reference-python", metavar="PYTHON")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    environment = os.environ | ENVIRONMENT[given.engine]
+    if os.environ != environment:  # of the engine in this process; a replica gets it too
+        os.execve(sys.executable, [sys.executable, "-m", "tests.bench.compare", *sys.argv[1:]], environment)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         compared = systems(given, stack, scratch)
