@@ -57,9 +57,22 @@ class Ingress(GrpcApi, KserveApi):
         return self._configs
 
 
+def scaling(model: ModelConfig) -> dict[str, Any]:
+    """A fixed number of replicas where there is nothing to scale: Serve's controller takes a sixth of a core to follow
+    the load of a deployment that scales (Ray 2.60, 8 streams of 10 tokens/s), which is better the engine's."""
+    replicas = model.replicas
+    if replicas.min == replicas.max:
+        return {"num_replicas": replicas.min}
+    autoscaling = {
+        "min_replicas": replicas.min,
+        "max_replicas": replicas.max,
+        "target_ongoing_requests": model.target_ongoing_requests,
+    }
+    return {"autoscaling_config": autoscaling}
+
+
 def model_deployment(model: ModelConfig, wanted: Sequence[Wanted], artifacts: ArtifactsConfig) -> Any:
     """A model's deployment: replicas of its family's class, each reserving as many CPUs as it has threads."""
-    replicas, queue = model.replicas, model.queue
     return (
         serve.deployment(FAMILY_DEPLOYMENTS[model.family])
         .options(
@@ -69,12 +82,8 @@ def model_deployment(model: ModelConfig, wanted: Sequence[Wanted], artifacts: Ar
                 "runtime_env": {"env_vars": ENVIRONMENT[model.engine]},
             },
             max_ongoing_requests=model.max_ongoing,
-            max_queued_requests=queue.max_queued,
-            autoscaling_config={
-                "min_replicas": replicas.min,
-                "max_replicas": replicas.max,
-                "target_ongoing_requests": model.target_ongoing_requests,
-            },
+            max_queued_requests=model.queue.max_queued,
+            **scaling(model),
         )
         .bind(model, wanted, artifacts)
     )

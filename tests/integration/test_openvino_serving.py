@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import httpx
@@ -37,7 +38,7 @@ def served() -> Iterator[Served]:
         )
         drafted = (
             "- {name: drafted, family: llama, checkpoint: 'builtin:llama', engine: openvino, threads: 1,"
-            " openvino: {draft: {checkpoint: 'builtin:llama', tokens: 3}}}"
+            " replicas: {min: 1, max: 2}, openvino: {draft: {checkpoint: 'builtin:llama', tokens: 3}}}"
         )
         with serving(home, f"models:\n{MODELS}\n{own}\n{drafted}\n", http_port, grpc_port) as served:
             yield served
@@ -52,6 +53,24 @@ def test_the_demos_answer_as_on_the_other_engine(served: Served, family: str) ->
     else:
         assert "CPU" in answer
         assert "processor" in answer or "instructions" in answer
+
+
+def test_its_replicas_are_started_with_huge_pages_for_malloc(served: Served) -> None:
+    replicas = [
+        environment
+        for process in Path("/proc").glob("[0-9]*")
+        if b"ServeReplica:nibble:llama" in read(process / "cmdline")
+        and f"RAY_TMPDIR={served.sandbox.ray_tmpdir}\0".encode() in (environment := read(process / "environ"))
+    ]
+    assert len(replicas) == 1
+    assert b"GLIBC_TUNABLES=glibc.malloc.hugetlb=1\0" in replicas[0]
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it ended meanwhile, or is another user's
+        return b""
 
 
 def test_with_a_draft_model_the_answer_is_the_same(served: Served) -> None:
