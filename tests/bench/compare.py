@@ -1,8 +1,9 @@
 """Who is faster on this machine: nibble with an engine over HTTP and gRPC, that engine in this process with no serving
 layer, bigdl-llm as its users run it, and llama-server.
 
-    python -m tests.bench.compare CHECKPOINT [--family llama] [--engine openvino] [--concurrency 1,4,8,16] [--rounds 3]
-                                  [--llama-server BINARY --gguf FILE] [--reference-python PYTHON] [--json FILE]
+    python -m tests.bench.compare CHECKPOINT [--family llama] [--engine openvino] [--concurrency 1,4,8,16] [--rate 0.5]
+                                  [--rounds 3] [--llama-server BINARY --gguf FILE] [--reference-python PYTHON]
+                                  [--json FILE]
 
 All run on the same weights with the same number of threads and take turns, round by round; no prompt is sent twice.
 The table has medians over the rounds, and ratios of runs that were next to each other. PYTHON is an interpreter with
@@ -34,7 +35,7 @@ from cluster.bench.figures import Level, levels_of, ratios, spreads
 from cluster.bench.grpc_client import GrpcClient
 from cluster.bench.http_client import HttpClient
 from cluster.bench.prompts import TOKEN_PROMPTS, token_prompts
-from cluster.bench.records import Client, Server, Settings
+from cluster.bench.records import Client, Load, Server, Settings
 from cluster.bench.results import results
 from cluster.bench.runner import Bench
 from cluster.commands.bench import loads_of
@@ -51,6 +52,8 @@ ROOT = Path(__file__).parents[2]
 NOW = time.perf_counter
 CONTEXT = 512
 START_S = 180
+CONCURRENCY = "1,4,8,16"
+SLOTS = 8  # of llama-server, at least
 
 
 @contextmanager
@@ -115,7 +118,7 @@ def systems(given: argparse.Namespace, stack: ExitStack, scratch: Path) -> dict[
         upstream = partial(UpstreamClient, given.reference_python, binary, given.family, given.threads, count)
         found["bigdl-llm upstream"] = System("process://", upstream)
     if given.llama_server:
-        slots = max(int(load.value) for load in loads_of(given.concurrency, None))
+        slots = max(SLOTS, *(int(load.value) for load in loads(given) if load.kind == "concurrency"))
         command = [given.llama_server, "-m", given.gguf, "-t", str(given.threads), "-c", str(CONTEXT * slots)]
         command += ["-np", str(slots), "--host", "127.0.0.1", "--port", str(llama)]
         url = f"http://127.0.0.1:{llama}"
@@ -124,11 +127,16 @@ def systems(given: argparse.Namespace, stack: ExitStack, scratch: Path) -> dict[
     return found
 
 
+def loads(given: argparse.Namespace) -> tuple[Load, ...]:
+    """Closed loops unless only rates are given."""
+    return loads_of(given.concurrency or (None if given.rate else CONCURRENCY), given.rate)
+
+
 def settings_of(given: argparse.Namespace, compared: dict[str, System]) -> Settings:
     return Settings(
         servers=tuple(Server(name, system.url, "model") for name, system in compared.items()),
         baseline=0,
-        loads=loads_of(given.concurrency, None),
+        loads=loads(given),
         prompts=TOKEN_PROMPTS,
         input_tokens=given.input_tokens,
         output_tokens=given.output_tokens,
@@ -165,7 +173,8 @@ def main() -> None:
     parser.add_argument("--family", default="llama")
     parser.add_argument("--engine", default="openvino")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--concurrency", default="1,4,8,16")
+    parser.add_argument("--concurrency", help=f"closed loops; {CONCURRENCY} where no rate is given")
+    parser.add_argument("--rate", help="open loops, requests/s: what serving adds to the first token")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--input-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=32)
