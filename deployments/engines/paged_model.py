@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
@@ -67,6 +68,7 @@ class PagedModel:
         """Raises EngineError where OpenVINO cannot compile the model."""
         self._weights = weights  # the compiled model reads the mapped file
         self.settings = settings
+        self._threads = threads
         self.vocab_size = model.vocabulary
         try:
             compiled = ov.Core().compile_model(build_graph(weights, model, layers), "CPU", settings.properties(threads))
@@ -88,13 +90,16 @@ class PagedModel:
 
     def allocate(self, blocks: int) -> None:
         """Gives the KV cache so many blocks; what was in it is lost."""
+        caches = []
         for name, port in self._caches.items():
             shape = port.get_partial_shape()
             sizes = [blocks, *(shape[i].get_length() for i in range(1, 4))]
-            cache = ov.Tensor(port.get_element_type(), ov.Shape(sizes))
-            # Now: to get each page from the kernel when a block is first used would make steps half as slow again.
-            cache.data.fill(0)
-            self._request.set_tensor(name, cache)
+            caches.append(ov.Tensor(port.get_element_type(), ov.Shape(sizes)))
+            self._request.set_tensor(name, caches[-1])
+        # Now: to get each page from the kernel when a block is first used would make steps half as slow again. It takes
+        # seconds, so all threads do it.
+        with ThreadPoolExecutor(self._threads) as pool:
+            list(pool.map(lambda cache: cache.data.fill(0), caches))
 
     def step(self, works: Sequence[Work]) -> tuple[Logits, npt.NDArray[np.float32]]:
         """Logits [rows, vocabulary] and hidden states [rows, width] of the rows wanted, in order; views that the next
