@@ -65,10 +65,10 @@ class DraftModel:
         # A sequence for which blocks are lacking just gets fewer guesses.
         while going := [draft for draft in drafts if draft.pending and self._has_room(draft)]:
             for draft, following in zip(going, self._step(going), strict=True):
-                if not draft.guesses:  # what is computed now is never computed again: full blocks can be shared
-                    computed = len(draft.tokens) + len(draft.pending)
-                    self._pool.name_full(draft.table, [*draft.tokens, *draft.pending], computed)
+                own = not draft.guesses  # what was computed are the sequence's own tokens: full blocks can be shared
                 draft.computed(following)
+                if own:
+                    self._pool.name_full(draft.table, draft.tokens, len(draft.tokens))
         return [draft.guesses for draft in drafts]
 
     def forget(self, sequence: Running) -> None:

@@ -122,9 +122,9 @@ class Scheduler(Generic[S]):
             if count > 0:
                 wanted.append((piece.sequence, count))
                 left -= count
-        found = {id(each): guesses for (each, _), guesses in zip(wanted, guesser.guess(wanted), strict=True)}
+        found = {each: guesses for (each, _), guesses in zip(wanted, guesser.guess(wanted), strict=True)}
         for number, piece in enumerate(pieces):
-            guesses = found.get(id(piece.sequence))
+            guesses = found.get(piece.sequence)
             if guesses and self.pool.grow(piece.sequence.table, piece.start + 1 + len(guesses)):
                 pieces[number] = replace(piece, tokens=[*piece.tokens, *guesses], guessed=len(guesses))
 
