@@ -89,6 +89,8 @@ def main() -> None:
     try:
         warm = Load(concurrency=1, requests=1, input_tokens=8, output_tokens=4)
         asyncio.run(measure(engine, warm, unique_prompts(engine.vocab_size, -1, 8)))
+        while not engine.info().get("kv_cache_populated", True):
+            time.sleep(0.1)
         print("ready", flush=True)
         for number, line in enumerate(sys.stdin):
             load = Load.model_validate_json(line)

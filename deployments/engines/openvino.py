@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 from cluster.config import OpenvinoConfig
@@ -34,6 +35,7 @@ from deployments.engines.requests import check_prompt, check_request
 from deployments.engines.scheduler import Guesser, Scheduler
 
 SHARE_OF_MEMORY = 0.25  # of what is free at start, for a cache whose size was not configured: at most
+_ALL = object()
 
 
 class OpenvinoEngine:
@@ -61,6 +63,8 @@ class OpenvinoEngine:
         self._incoming: deque[Job | Callable[[], None]] = deque()
         self._came = threading.Condition()
         self._closed = False
+        self._populating: Iterator[None] = iter(())
+        self._populated = False  # whether the KV cache has all its memory
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="openvino")
         try:
             self._batch = self._worker.submit(self._load, folder, draft).result()
@@ -103,6 +107,7 @@ class OpenvinoEngine:
             "cores": ",".join(str(core) for core in self.cores),
             "context": self.context,
             "kv_cache_tokens": self._pool.size * BLOCK_TOKENS,
+            "kv_cache_populated": self._populated,
             **asdict(self._batch.counters),
         }
 
@@ -129,7 +134,7 @@ class OpenvinoEngine:
             self._came.notify()
         self._worker.shutdown(wait=True)
         self._batch.drop(closed_error())
-        del self._batch
+        del self._batch, self._populating
 
     def _load(self, folder: Path, draft: Path | None) -> Batch:
         # Before OpenVINO starts its threads: they inherit the mask of this one.
@@ -158,6 +163,7 @@ class OpenvinoEngine:
         # here, not at the first request.
         for count in (min(self._options.step_tokens, self.context), 1):
             paged.step([Work([0] * count, 0, range(pool.size), [count - 1])])
+        self._populating = chain(self._populating, paged.populate())
         return paged, pool
 
     def _blocks(self, block_bytes: int, kv_cache: int | None) -> int:
@@ -192,7 +198,7 @@ class OpenvinoEngine:
         batch = self._batch
         while True:
             with self._came:
-                while not self._incoming and not batch.jobs and not self._closed:
+                while self._populated and not self._incoming and not batch.jobs and not self._closed:
                     self._came.wait()
                 incoming = list(self._incoming)
                 self._incoming.clear()
@@ -203,6 +209,9 @@ class OpenvinoEngine:
                     batch.add(item)
                 else:
                     item()
+            if not batch.jobs:
+                self._populated = next(self._populating, _ALL) is _ALL
+                continue
             try:
                 batch.step()
             except Exception as error:  # noqa: BLE001 - it is raised again in the tasks that wait for the sequences

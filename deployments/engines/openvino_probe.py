@@ -18,7 +18,9 @@ logger = logging.getLogger("ray.serve")
 
 PROBED_LAYERS = 2
 PROBES = 8
-NEARLY = 1.15  # times the shortest
+# Times the shortest. The same kernel takes up to half as long again in another process (tests/bench/NOTES.md), so what
+# wins by less wins by luck.
+NEARLY = 1.5
 # Sequences that decode together: what each aim is measured on.
 SEQUENCES: dict[Tune, int] = {"latency": 1, "throughput": 8}
 
@@ -43,8 +45,9 @@ def choose_settings(weights: DerivedWeights, model: Hyperparameters, threads: in
 
 
 def candidates(flags: frozenset[str]) -> list[Settings]:
-    """bf16 only where the CPU multiplies it: elsewhere it is emulated."""
-    precisions = ["f32", "bf16"] if flags & {"avx512_bf16", "amx_bf16"} else ["f32"]
+    """bf16 only where the CPU has tiles for it: AVX-512's instruction for it is no faster than f32 with 8-bit
+    activations, and without either it is emulated."""
+    precisions = ["f32", "bf16"] if "amx_bf16" in flags else ["f32"]
     return [Settings(precision, quantized) for precision in precisions for quantized in (True, False)]
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import openvino as ov
 from cluster.errors import EngineError
 from cluster.hyperparameters import Hyperparameters
 from deployments.engines.base import Logits
+from deployments.engines.cache_memory import Cache, populate, zeros
 from deployments.engines.openvino_graph import build_graph
 from deployments.engines.openvino_weights import DerivedWeights
 from deployments.engines.paged_cache import BLOCK_TOKENS
@@ -68,13 +68,13 @@ class PagedModel:
         """Raises EngineError where OpenVINO cannot compile the model."""
         self._weights = weights  # the compiled model reads the mapped file
         self.settings = settings
-        self._threads = threads
         self.vocab_size = model.vocabulary
         try:
             compiled = ov.Core().compile_model(build_graph(weights, model, layers), "CPU", settings.properties(threads))
             self._request = compiled.create_infer_request()
         except RuntimeError as error:
             raise EngineError(f"OpenVINO cannot compile the model: {error}") from error
+        self._memory: list[Cache] = []
         self._caches = {
             port.get_any_name(): port for port in compiled.inputs if port.get_any_name().startswith(("key_", "value_"))
         }
@@ -90,16 +90,16 @@ class PagedModel:
 
     def allocate(self, blocks: int) -> None:
         """Gives the KV cache so many blocks; what was in it is lost."""
-        caches = []
+        self._memory = []  # a tensor that shares memory does not keep it
         for name, port in self._caches.items():
             shape = port.get_partial_shape()
-            sizes = [blocks, *(shape[i].get_length() for i in range(1, 4))]
-            caches.append(ov.Tensor(port.get_element_type(), ov.Shape(sizes)))
-            self._request.set_tensor(name, caches[-1])
-        # Now: to get each page from the kernel when a block is first used would make steps half as slow again. It takes
-        # seconds, so all threads do it.
-        with ThreadPoolExecutor(self._threads) as pool:
-            list(pool.map(lambda cache: cache.data.fill(0), caches))
+            sizes = ov.Shape([blocks, *(shape[i].get_length() for i in range(1, 4))])
+            self._memory.append(zeros(int(np.prod(sizes)) * port.get_element_type().size))
+            self._request.set_tensor(name, ov.Tensor(self._memory[-1], sizes, port.get_element_type()))
+
+    def populate(self) -> Iterator[None]:
+        """Gets the cache's memory from the kernel, some milliseconds at a time."""
+        return populate(self._memory)
 
     def step(self, works: Sequence[Work]) -> tuple[Logits, npt.NDArray[np.float32]]:
         """Logits [rows, vocabulary] and hidden states [rows, width] of the rows wanted, in order; views that the next

@@ -144,6 +144,17 @@ async def test_closing_a_stream_stops_it_and_nothing_else(llama: Callable[..., O
     assert int(info["generated_tokens"]) < 60 + 190
 
 
+async def test_an_idle_engine_gets_its_whole_cache_and_serves_meanwhile(llama: Callable[..., OpenvinoEngine]) -> None:
+    engine = llama(kv_cache="512MB")
+    first = await ids(engine, TokenRequest(prompt(1), 5, GREEDY))
+    for _ in range(600):
+        if engine.info()["kv_cache_populated"]:
+            break
+        await asyncio.sleep(0.1)
+    assert engine.info()["kv_cache_populated"]
+    assert await ids(engine, TokenRequest(prompt(1), 5, GREEDY)) == first
+
+
 async def test_more_sequences_than_may_run_wait_for_their_turn(llama: Callable[..., OpenvinoEngine]) -> None:
     engine = llama(max_running=2)
     results = await asyncio.gather(*(ids(engine, TokenRequest(prompt(i), 10, GREEDY)) for i in range(7)))

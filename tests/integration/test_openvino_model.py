@@ -101,7 +101,7 @@ def test_the_fastest_settings_stay_within_two_percent_of_transformers(
     family: FamilyName, demo_artifact: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = expected(family)
-    for settings in candidates(frozenset({"avx512_bf16"})):
+    for settings in candidates(frozenset({"amx_bf16"})):
         paged = loaded(demo_artifact(family), settings)
         errors = [relative_rms(compute(paged, wanted.ids), wanted.logits) for compute in (at_once, one_by_one)]
         with capsys.disabled():
@@ -242,7 +242,7 @@ def test_the_check_passes_sound_artifacts_and_finds_a_damaged_one(
 def test_settings_are_chosen_by_trying_them_or_by_asking_for_precision(random_artifact: Callable[..., Path]) -> None:
     weights, model = derived_weights(random_artifact("llama3"))
     assert choose_settings(weights, model, 1, "precision") == EXACT
-    assert choose_settings(weights, model, 1, "latency") in candidates(frozenset({"avx512_bf16"}))
+    assert choose_settings(weights, model, 1, "latency") in candidates(frozenset({"amx_bf16"}))
     assert all(settings.precision == "f32" for settings in candidates(frozenset({"avx2"})))
 
 
