@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 
 from cluster.errors import EngineError
@@ -14,7 +15,8 @@ from deployments.engines.scheduler import Piece, Scheduler
 @dataclass
 class Counters:
     """`reused_tokens`: of prompts, taken from the KV cache. `guessed_tokens` were looked up in the text so far
-    or drafted, `accepted_tokens` of them were right. `cancelled`: of `requests`. `steps`: runs of the graph."""
+    or drafted, `accepted_tokens` of them were right. `cancelled`: of `requests`. `steps`: runs of the graph.
+    `first_token_s`: from when a request was asked for to its first token, of all together."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -25,6 +27,7 @@ class Counters:
     accepted_tokens: int = 0
     cancelled: int = 0
     steps: int = 0
+    first_token_s: float = 0.0
 
 
 class Batch:
@@ -55,9 +58,10 @@ class Batch:
         works = [Work(p.tokens, p.start, p.sequence.table, wanted) for p, wanted in zip(pieces, rows, strict=True)]
         logits, hidden = self._model.step(works)
         self.counters.steps += 1
-        stop = 0
-        for piece, wanted in zip(pieces, rows, strict=True):
-            start, stop = stop, stop + len(wanted)
+        # The youngest first: who waits for a first token has it before the later ones of others are on their way.
+        start = len(logits)
+        for piece, wanted in zip(reversed(pieces), reversed(rows), strict=True):
+            start, stop = start - len(wanted), start
             self._receive(piece, logits[start:stop], hidden[start:stop])
 
     def drop(self, error: BaseException) -> None:
@@ -92,6 +96,8 @@ class Batch:
                 counters.scored_tokens += len(job.tokens)
             else:
                 counters.prompt_tokens += piece.start + len(piece.tokens)
+        if before == 0 and job.new_tokens:
+            counters.first_token_s += time.monotonic() - job.came
         counters.generated_tokens += job.new_tokens - before
         counters.guessed_tokens += piece.guessed
         counters.accepted_tokens += computed - (piece.start + len(piece.tokens) - piece.guessed)

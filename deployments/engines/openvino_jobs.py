@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -18,10 +19,14 @@ Hidden = npt.NDArray[np.float32]
 
 
 class Job(Running, ABC):
-    """A request under way. `handover` is where its results go."""
+    """A request under way. `handover` is where its results go; `came`: when it was asked for, by time.monotonic."""
 
-    handover: Handover[Any]
     new_tokens = 0  # generated
+
+    def __init__(self, prompt: Sequence[int], handover: Handover[Any], shares: bool = True) -> None:
+        super().__init__(list(prompt), shares)
+        self.handover = handover
+        self.came = time.monotonic()
 
     @abstractmethod
     def rows(self, piece: Piece[Job]) -> Sequence[int]:
@@ -37,8 +42,7 @@ class GenerateJob(Job):
     logits, seed and position: what comes out is the same with and without guesses, whatever the sampling."""
 
     def __init__(self, request: TokenRequest, context: int, handover: Handover[Token]) -> None:
-        super().__init__(list(request.prompt))
-        self.handover = handover
+        super().__init__(request.prompt, handover)
         self._request = request
         self._limit = min(request.max_tokens, context - len(request.prompt))
         self._sampler = Sampler(request.sampling, request.prompt, request.eos_token_ids, request.mask)
@@ -77,8 +81,7 @@ class ScoreJob(Job):
     """Needs the logits of every token, so it shares nothing that was computed before."""
 
     def __init__(self, prompt: Sequence[int], logprobs: int, handover: Handover[list[Token]]) -> None:
-        super().__init__(list(prompt), shares=False)
-        self.handover = handover
+        super().__init__(prompt, handover, shares=False)
         self._logprobs = logprobs
         self._scored = [Token(prompt[0])]
 
@@ -97,10 +100,6 @@ class ScoreJob(Job):
 
 
 class EmbedJob(Job):
-    def __init__(self, prompt: Sequence[int], handover: Handover[list[float]]) -> None:
-        super().__init__(list(prompt))
-        self.handover = handover
-
     def rows(self, piece: Piece[Job]) -> Sequence[int]:
         return (len(piece.tokens) - 1,) if piece.last else ()
 
