@@ -40,7 +40,9 @@ def serve(config: NibbleConfig, address: str | None, console: Console, verbose: 
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             say(f"Ray cluster at {ray_address}")
-            wanted = published(config, console)
+            from deployments.app import published_artifacts  # Serve reads the cluster's settings when it is imported
+
+            wanted = published_artifacts(config, console)
             if address is not None:  # a node of our own ends with all that runs on it
                 stack.callback(undeploy)
             deploy(config, wanted)
@@ -114,12 +116,6 @@ def local_cpus(config: NibbleConfig, say: Callable[[str], None]) -> int:
         " their replicas share the cores evenly."
     )
     return config.threads + CONVERSION_CPUS
-
-
-def published(config: NibbleConfig, console: Console) -> list[list[Wanted]]:
-    from deployments.app import published_artifacts
-
-    return published_artifacts(config, console)
 
 
 def deploy(config: NibbleConfig, wanted: Sequence[Sequence[Wanted]]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -23,9 +25,19 @@ def tune(path: Path, name: str | None, load: Load, rounds: int, write: bool, con
     """Raises ConfigError for a model that the config has not, and what converting or loading it raises."""
     config = load_config(path)
     model = _named(path, config.models, name)
-    with ConversionDisplay(console) as display:
-        artifacts = [convert_to_cache(wanted, config.artifacts, display) for wanted in wanted_artifacts(model)]
-    folders = [artifact.folder for artifact in artifacts]
+    with ExitStack() as stack:
+        with ConversionDisplay(console) as display:
+            artifacts = [convert_to_cache(wanted, config.artifacts, display) for wanted in wanted_artifacts(model)]
+        for artifact in artifacts:
+            stack.callback(artifact.release)
+        best = fastest_split(model, [artifact.folder for artifact in artifacts], load, rounds, console)
+    if write:
+        write_split(path, model.name, best)
+        console.print(f"written to {path}: threads and replicas of {model.name}")
+
+
+def fastest_split(model: ModelConfig, folders: Sequence[Path], load: Load, rounds: int, console: Console) -> Result:
+    """The one with the most tokens/s, and a table of all. Raises as try_split does."""
     cores = sorted(os.sched_getaffinity(0))[: available_cores()]
     console.print(
         f"{model.name} on {model.engine}, {len(cores)} cores: {load.concurrency} clients,"
@@ -37,14 +49,10 @@ def tune(path: Path, name: str | None, load: Load, rounds: int, write: bool, con
         results.append(result := try_split(folders, model, split, cores, load, rounds))
         numbers = (f"{result.tokens_per_s:.1f}", f"{result.ttft_ms:.0f}", f"{result.tpot_ms:.1f}")
         table.add_row(f"{split.replicas} x {split.threads}", *numbers)
-    for artifact in artifacts:
-        artifact.release()
     console.print(table)
     best = max(results, key=lambda result: result.tokens_per_s)
     console.print(f"most tokens/s: replicas {best.split.replicas}, threads {best.split.threads}")
-    if write:
-        write_split(path, model.name, best)
-        console.print(f"written to {path}: threads and replicas of {model.name}")
+    return best
 
 
 def _named(path: Path, models: tuple[ModelConfig, ...], name: str | None) -> ModelConfig:

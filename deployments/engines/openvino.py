@@ -29,7 +29,7 @@ from deployments.engines.openvino_jobs import EmbedJob, GenerateJob, Job, ScoreJ
 from deployments.engines.openvino_probe import choose_settings
 from deployments.engines.openvino_weights import derived_weights
 from deployments.engines.paged_cache import BLOCK_TOKENS, BlockPool
-from deployments.engines.paged_model import PagedModel, Work
+from deployments.engines.paged_model import PagedModel, Settings, Work
 from deployments.engines.prompt_lookup import PromptLookup
 from deployments.engines.requests import check_prompt, check_request
 from deployments.engines.scheduler import Guesser, Scheduler
@@ -145,17 +145,19 @@ class OpenvinoEngine:
         self._settings = paged.settings
         guesser: Guesser | None = PromptLookup(options.prompt_lookup) if options.prompt_lookup else None
         if draft and options.draft:
-            guesser = DraftModel(
-                *self._model(draft, "its draft model"), options.draft.tokens, options.step_tokens, self.vocab_size
-            )
+            drafting = self._model(draft, "its draft model", settings=self._settings)
+            guesser = DraftModel(*drafting, options.draft.tokens, options.step_tokens, self.vocab_size)
         return Batch(paged, Scheduler(self._pool, options.step_tokens, self._max_running, guesser))
 
-    def _model(self, folder: Path, role: str, kv_cache: int | None = None) -> tuple[PagedModel, BlockPool]:
-        """Ready for its first step, with a KV cache of `kv_cache` bytes. `role`: what errors call it."""
+    def _model(
+        self, folder: Path, role: str, kv_cache: int | None = None, settings: Settings | None = None
+    ) -> tuple[PagedModel, BlockPool]:
+        """Ready for its first step, with a KV cache of `kv_cache` bytes, and with the fastest settings unless they are
+        given. `role`: what errors call it."""
         weights, model = derived_weights(folder)
         if not 1 <= self.context <= (model.context or self.context):
             raise EngineError(f"context: found {self.context}, allowed for {role} is 1 to {model.context}")
-        settings = choose_settings(weights, model, self.threads, self._options.tune)
+        settings = settings or choose_settings(weights, model, self.threads, self._options.tune)
         paged = PagedModel(weights, model, self.threads, settings)
         pool = BlockPool(self._blocks(paged.block_bytes, kv_cache))
         paged.allocate(pool.size)

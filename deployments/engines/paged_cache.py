@@ -69,15 +69,16 @@ class BlockPool:
 
     def name_full(self, table: Sequence[int], tokens: Sequence[int], computed: int) -> None:
         """Says that the first `computed` of `tokens` are in the table's blocks: full ones can be shared from now on."""
-        parent = _START
-        for number in range(computed // BLOCK_TOKENS):
-            block = self._blocks[table[number]]
-            if block.name is None:
-                start = number * BLOCK_TOKENS
-                block.name, block.id = (parent, tuple(tokens[start : start + BLOCK_TOKENS])), self._next_id
-                self._next_id += 1
-                # Where two sequences computed the same at the same time, the first one's block is the one to share.
-                self._named.setdefault(block.name, table[number])
+        full = named = computed // BLOCK_TOKENS
+        while named and self._blocks[table[named - 1]].name is None:  # those before it have names, too
+            named -= 1
+        parent = self._blocks[table[named - 1]].id if named else _START
+        for number in range(named, full):
+            block, start = self._blocks[table[number]], number * BLOCK_TOKENS
+            block.name, block.id = (parent, tuple(tokens[start : start + BLOCK_TOKENS])), self._next_id
+            self._next_id += 1
+            # Where two sequences computed the same at the same time, the first one's block is the one to share.
+            self._named.setdefault(block.name, table[number])
             parent = block.id
 
     def release(self, table: list[int]) -> None:

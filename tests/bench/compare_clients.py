@@ -39,7 +39,7 @@ model = kind(sys.argv[1], n_ctx=512, n_threads=int(sys.argv[3]))
 print("ready", flush=True)
 for line in sys.stdin:
     ids, count = json.loads(line)
-    for token in model.generate(ids, max_new_tokens=count):
+    for token in model.generate(ids, max_new_tokens=count)[0]:
         print("token", flush=True)
     print("end", flush=True)
 """
