@@ -23,6 +23,7 @@ from cluster.isa import available_memory
 from deployments.cores import check_cores
 from deployments.engines.base import Token, TokenRequest
 from deployments.engines.batch import Batch
+from deployments.engines.code_pages import scatter_code
 from deployments.engines.draft_model import DraftModel
 from deployments.engines.handover import Handover, closed_error
 from deployments.engines.openvino_jobs import EmbedJob, GenerateJob, Job, ScoreJob
@@ -35,6 +36,7 @@ from deployments.engines.requests import check_prompt, check_request
 from deployments.engines.scheduler import Guesser, Scheduler
 
 SHARE_OF_MEMORY = 0.25  # of what is free at start, for a cache whose size was not configured: at most
+COMPILED_AT_LOAD = 16  # tokens of a step: the kernels for more are compiled when they are needed, for some milliseconds
 _ALL = object()
 
 
@@ -161,10 +163,12 @@ class OpenvinoEngine:
         paged = PagedModel(weights, model, self.threads, settings)
         pool = BlockPool(self._blocks(paged.block_bytes, kv_cache))
         paged.allocate(pool.size)
-        # OpenVINO packs weights and compiles kernels when the first step runs, for seconds; and a damaged model fails
-        # here, not at the first request.
-        for count in (min(self._options.step_tokens, self.context), 1):
+        # OpenVINO packs weights when the first step runs, for seconds, and compiles kernels when one of so many tokens
+        # does; and a damaged model fails here, not at the first request.
+        together = min(self._max_running, COMPILED_AT_LOAD, self.context)
+        for count in (min(self._options.step_tokens, self.context), *range(1, together + 1)):
             paged.step([Work([0] * count, 0, range(pool.size), [count - 1])])
+        scatter_code()
         self._populating = chain(self._populating, paged.populate())
         return paged, pool
 
