@@ -128,10 +128,10 @@ class DraftConfig(Record):
 class OpenvinoConfig(Record):
     """Of models with `engine: openvino`. `tune`: what its settings for this node's CPU are chosen for: the tokens per
     second of many sequences, or of one, or the precision of logits. `kv_cache`: bytes of a replica's cache; null is
-    room for `queue.max_ongoing` sequences of `context` tokens, a quarter of the node's free memory at most.
-    `step_tokens`: computed together, at most; a longer prompt is cut, so that the others' next tokens need not wait
-    for all of it. `prompt_lookup`: how many tokens to guess at a time from the text so far; 0 is off. `draft`: guesses
-    with a smaller model instead."""
+    room for `queue.max_ongoing` sequences of `context` tokens, at most a replica's share, by its threads, of a quarter
+    of the node's free memory. `step_tokens`: computed together, at most; a longer prompt is cut, so that the others'
+    next tokens need not wait for all of it. `prompt_lookup`: how many tokens to guess at a time from the text so far;
+    0 is off. `draft`: guesses with a smaller model instead."""
 
     tune: Tune = "throughput"
     kv_cache: Annotated[ByteSize, Field(gt=0)] | None = None

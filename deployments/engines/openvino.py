@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cluster.config import OpenvinoConfig
 from cluster.errors import EngineError
-from cluster.isa import available_memory
+from cluster.isa import available_cores, available_memory
 from deployments.cores import check_cores
 from deployments.engines.base import Token, TokenRequest
 from deployments.engines.batch import Batch
@@ -35,7 +35,9 @@ from deployments.engines.prompt_lookup import PromptLookup
 from deployments.engines.requests import check_prompt, check_request
 from deployments.engines.scheduler import Guesser, Scheduler
 
-SHARE_OF_MEMORY = 0.25  # of what is free at start, for a cache whose size was not configured: at most
+# Of what is free at start, at most, for the caches of all replicas that fit on a node, where their size was not
+# configured. Each has its share by its threads: replicas that start together see the same memory free.
+SHARE_OF_MEMORY = 0.25
 COMPILED_AT_LOAD = 16  # tokens of a step: the kernels for more are compiled when they are needed, for some milliseconds
 _ALL = object()
 
@@ -61,6 +63,7 @@ class OpenvinoEngine:
         """
         self.threads, self.context = threads, context
         self.cores = check_cores(threads, cores)
+        self._node_cores = max(threads, available_cores())  # now: the engine's own thread will have its cores only
         self._options, self._max_running = options, max_running
         self._incoming: deque[Job | Callable[[], None]] = deque()
         self._came = threading.Condition()
@@ -175,8 +178,8 @@ class OpenvinoEngine:
     def _blocks(self, block_bytes: int, kv_cache: int | None) -> int:
         needed = -(-self.context // BLOCK_TOKENS)
         if kv_cache is None:
-            share = int(SHARE_OF_MEMORY * available_memory()) // block_bytes
-            return max(needed, min(needed * self._max_running, share))
+            share = SHARE_OF_MEMORY * available_memory() * self.threads / self._node_cores
+            return max(needed, min(needed * self._max_running, int(share) // block_bytes))
         blocks = int(kv_cache) // block_bytes
         if blocks < needed:
             raise EngineError(

@@ -14,6 +14,7 @@ import pytest
 from cluster.config import DraftConfig, OpenvinoConfig
 from cluster.errors import EngineError, InvalidRequestError
 from cluster.families import FAMILY_NAMES, FamilyName
+from deployments.engines import openvino
 from deployments.engines.base import SamplingParams, Token, TokenRequest
 from deployments.engines.draft_model import DraftModel
 from deployments.engines.openvino import OpenvinoEngine
@@ -142,6 +143,16 @@ async def test_closing_a_stream_stops_it_and_nothing_else(llama: Callable[..., O
     info = engine.info()
     assert (info["cancelled"], info["requests"]) == (1, 2)
     assert int(info["generated_tokens"]) < 60 + 190
+
+
+@pytest.mark.parametrize(("cores", "blocks"), [(1, 40), (2, 20), (4, 10), (64, CONTEXT // BLOCK_TOKENS)])
+def test_replicas_that_fit_on_a_node_share_a_quarter_of_its_memory(
+    llama: Callable[..., OpenvinoEngine], monkeypatch: pytest.MonkeyPatch, cores: int, blocks: int
+) -> None:
+    monkeypatch.setattr(PagedModel, "block_bytes", 1000)
+    monkeypatch.setattr(openvino, "available_memory", lambda: 4 * 40 * 1000)
+    monkeypatch.setattr(openvino, "available_cores", lambda: cores)
+    assert llama(max_running=100).info()["kv_cache_tokens"] == blocks * BLOCK_TOKENS
 
 
 async def test_an_idle_engine_gets_its_whole_cache_and_serves_meanwhile(llama: Callable[..., OpenvinoEngine]) -> None:
