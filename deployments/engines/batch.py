@@ -96,8 +96,8 @@ class Batch:
                 counters.scored_tokens += len(job.tokens)
             else:
                 counters.prompt_tokens += piece.start + len(piece.tokens)
-        if before == 0 and job.new_tokens:
-            counters.first_token_s += time.monotonic() - job.came
+            if job.new_tokens:
+                counters.first_token_s += time.monotonic() - job.came
         counters.generated_tokens += job.new_tokens - before
         counters.guessed_tokens += piece.guessed
         counters.accepted_tokens += computed - (piece.start + len(piece.tokens) - piece.guessed)

@@ -28,7 +28,7 @@ def scatter_code() -> int:
     """Of this process, what is executable and from no file. Other threads may run it meanwhile; none may compile.
     Returns how many pages were moved: fewer where the system refuses memory that is writable and executable."""
     moved = 0
-    for start, end in list(compiled_code(Path("/proc/self/maps").read_text().splitlines())):
+    for start, end in compiled_code(Path("/proc/self/maps").read_text().splitlines()):
         try:
             moved += scatter(start, end - start)
         except OSError as error:

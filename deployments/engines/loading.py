@@ -12,9 +12,9 @@ from cluster.families import EngineName
 from deployments.engines.base import Engine
 from deployments.engines.bigdl import BigdlEngine
 
-# What a process that runs the engine is to be started with. The openvino engine's packed weights and KV cache lie in
-# memory of malloc's: in huge pages a step of 8 sequences takes a tenth less time, and never a third more, as it does in
-# some processes without (tests/bench/NOTES.md). glibc reads this once, at the start.
+# What a process that runs the engine is to be started with. The openvino engine's packed weights lie in memory of
+# malloc's: in huge pages a step of 8 sequences takes a tenth less time (tests/bench/NOTES.md). glibc reads this once,
+# at the start.
 ENVIRONMENT: dict[EngineName, dict[str, str]] = {
     "bigdl": {},
     "openvino": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},

@@ -39,7 +39,6 @@ from deployments.engines.scheduler import Guesser, Scheduler
 # configured. Each has its share by its threads: replicas that start together see the same memory free.
 SHARE_OF_MEMORY = 0.25
 COMPILED_AT_LOAD = 16  # tokens of a step: the kernels for more are compiled when they are needed, for some milliseconds
-_ALL = object()
 
 
 class OpenvinoEngine:
@@ -68,7 +67,6 @@ class OpenvinoEngine:
         self._incoming: deque[Job | Callable[[], None]] = deque()
         self._came = threading.Condition()
         self._closed = False
-        self._populating: Iterator[None] = iter(())
         self._populated = False  # whether the KV cache has all its memory
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="openvino")
         try:
@@ -148,10 +146,14 @@ class OpenvinoEngine:
         paged, self._pool = self._model(folder, "this model", options.kv_cache)
         self.vocab_size = paged.vocab_size
         self._settings = paged.settings
+        models = [paged]
         guesser: Guesser | None = PromptLookup(options.prompt_lookup) if options.prompt_lookup else None
         if draft and options.draft:
-            drafting = self._model(draft, "its draft model", settings=self._settings)
-            guesser = DraftModel(*drafting, options.draft.tokens, options.step_tokens, self.vocab_size)
+            drafting, pool = self._model(draft, "its draft model", settings=self._settings)
+            models.append(drafting)
+            guesser = DraftModel(drafting, pool, options.draft.tokens, options.step_tokens, self.vocab_size)
+        scatter_code()
+        self._populating = chain.from_iterable(model.populate() for model in models)
         return Batch(paged, Scheduler(self._pool, options.step_tokens, self._max_running, guesser))
 
     def _model(
@@ -171,8 +173,6 @@ class OpenvinoEngine:
         together = min(self._max_running, COMPILED_AT_LOAD, self.context)
         for count in (min(self._options.step_tokens, self.context), *range(1, together + 1)):
             paged.step([Work([0] * count, 0, range(pool.size), [count - 1])])
-        scatter_code()
-        self._populating = chain(self._populating, paged.populate())
         return paged, pool
 
     def _blocks(self, block_bytes: int, kv_cache: int | None) -> int:
@@ -219,7 +219,7 @@ class OpenvinoEngine:
                 else:
                     item()
             if not batch.jobs:
-                self._populated = next(self._populating, _ALL) is _ALL
+                self._populated = next(self._populating, True) is True
                 continue
             try:
                 batch.step()
