@@ -6,6 +6,7 @@ keep a replica from its work, for seconds where the machine is virtual and its h
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import mmap
@@ -26,7 +27,8 @@ BYTES_AT_ONCE = 2 << 20  # a huge page on x86
 def zeros(size: int) -> Cache:
     """So many bytes, whose pages are not there yet."""
     memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import re
 from pathlib import Path
 
@@ -35,6 +36,14 @@ def test_every_page_comes_and_content_stays() -> None:
     assert caches[0][5] == 9
     assert caches[1][SIZE - 1] == 7
     assert sum(int(cache.sum()) for cache in caches) == 16
+
+
+def test_a_kernel_without_huge_pages_gives_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9999)  # refused, as by such a kernel
+    with pytest.raises(OSError, match="Invalid argument"):
+        mmap.mmap(-1, 4096).madvise(9999)
+    cache = zeros(SIZE)
+    assert (cache.nbytes, cache.any()) == (SIZE, False)
 
 
 def test_an_older_kernel_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
