@@ -16,18 +16,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +34,7 @@ from cluster.bench.records import Client, Load, Server, Settings
 from cluster.bench.results import results
 from cluster.bench.runner import Bench
 from cluster.commands.bench import loads_of
-from cluster.config import ArtifactsConfig, ModelConfig
+from cluster.config import ArtifactsConfig
 from cluster.display import ConversionDisplay
 from cluster.local_conversion import convert_to_cache
 from cluster.manifest import Manifest
@@ -47,41 +42,10 @@ from cluster.ray_cluster import free_ports
 from cluster.wanted import wanted_artifacts
 from deployments.engines.loading import ENVIRONMENT, load_engine
 from tests.bench.compare_clients import EngineClient, UpstreamClient
+from tests.bench.serving import CONTEXT, NOW, model_of, run_with, running, serving, workload_parser
 
-ROOT = Path(__file__).parents[2]
-NOW = time.perf_counter
-CONTEXT = 512
-START_S = 180
 CONCURRENCY = "1,4,8,16"
 SLOTS = 8  # of llama-server, at least
-
-
-@contextmanager
-def running(command: list[str], ready: str, log: Path) -> Iterator[None]:
-    """A server, once it answers at the URL `ready`; ended at the end by SIGINT. Raises RuntimeError with its log."""
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT) as child:
-        try:
-            deadline = NOW() + START_S
-            while not answers(ready):
-                if child.poll() is not None or NOW() > deadline:
-                    raise RuntimeError(f"{command[0]} is not ready: {log.read_text()[-2000:]}")
-                time.sleep(0.2)
-            yield
-        finally:
-            child.send_signal(2)
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def nibble_config(model: ModelConfig, http: int, grpc: int) -> str:
-    """YAML is a superset of JSON."""
-    model_values = model.model_dump(mode="json", exclude_defaults=True)
-    return json.dumps({"http": {"port": http}, "grpc": {"port": grpc}, "models": [model_values]})
 
 
 class System(NamedTuple):
@@ -93,25 +57,17 @@ class System(NamedTuple):
 
 def systems(given: argparse.Namespace, stack: ExitStack, scratch: Path) -> dict[str, System]:
     """What is compared, by name, the engine in this process first; servers are started."""
-    model = ModelConfig(
-        name="model", family=given.family, checkpoint=str(given.checkpoint.absolute()), engine=given.engine,
-        threads=given.threads, context=CONTEXT,
-    )  # fmt: skip
+    model = model_of(given, given.engine)
     with ConversionDisplay(Console(stderr=True)) as display:
         (artifact,) = [convert_to_cache(wanted, ArtifactsConfig(), display) for wanted in wanted_artifacts(model)]
     stack.callback(artifact.release)
     engine = load_engine(model, [artifact.folder], None)
     stack.callback(engine.close)
-    http, grpc, llama = free_ports(3)
-    config = scratch / "nibble.yaml"
-    config.write_text(nibble_config(model, http, grpc))
-    nibble = [sys.executable, "-m", "cluster.cli", "serve", str(config)]
-    stack.enter_context(running(nibble, f"http://127.0.0.1:{http}/readyz", scratch / "nibble.log"))
-    over_http, over_grpc, count = f"http://127.0.0.1:{http}", f"grpc://127.0.0.1:{grpc}", given.output_tokens
+    served, count = stack.enter_context(serving(model, scratch)), given.output_tokens
     found = {
         f"{given.engine}, in-process": System("engine://", lambda: EngineClient(engine, count)),
-        f"{given.engine}, HTTP": System(over_http, lambda: HttpClient(over_http, "model", count, None, NOW)),
-        f"{given.engine}, gRPC": System(over_grpc, lambda: GrpcClient(over_grpc, "model", count, None, NOW)),
+        f"{given.engine}, HTTP": System(served.http, lambda: HttpClient(served.http, "model", count, None, NOW)),
+        f"{given.engine}, gRPC": System(served.grpc, lambda: GrpcClient(served.grpc, "model", count, None, NOW)),
     }
     if given.reference_python:
         binary = artifact.folder / Manifest.read(artifact.folder).binary
@@ -119,9 +75,10 @@ def systems(given: argparse.Namespace, stack: ExitStack, scratch: Path) -> dict[
         found["bigdl-llm upstream"] = System("process://", upstream)
     if given.llama_server:
         slots = max(SLOTS, *(int(load.value) for load in loads(given) if load.kind == "concurrency"))
+        (port,) = free_ports(1)
         command = [given.llama_server, "-m", given.gguf, "-t", str(given.threads), "-c", str(CONTEXT * slots)]
-        command += ["-np", str(slots), "--host", "127.0.0.1", "--port", str(llama)]
-        url = f"http://127.0.0.1:{llama}"
+        command += ["-np", str(slots), "--host", "127.0.0.1", "--port", str(port)]
+        url = f"http://127.0.0.1:{port}"
         stack.enter_context(running(command, f"{url}/health", scratch / "llama.log"))
         found["llama-server"] = System(url, lambda: HttpClient(url, "model", count, None, NOW))
     return found
@@ -168,26 +125,16 @@ def table_of(level: Level, settings: Settings, input_tokens: int) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--family", default="llama")
+    parser = workload_parser(__doc__)
     parser.add_argument("--engine", default="openvino")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--concurrency", help=f"closed loops; {CONCURRENCY} where no rate is given")
     parser.add_argument("--rate", help="open loops, requests/s: what serving adds to the first token")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--input-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=32)
-    parser.add_argument("--vocabulary", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
     parser.add_argument("--llama-server", metavar="BINARY")
     parser.add_argument("--gguf", metavar="FILE")
     parser.add_argument("--reference-python", metavar="PYTHON")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    environment = os.environ | ENVIRONMENT[given.engine]
-    if os.environ != environment:  # of the engine in this process; a replica gets it too
-        os.execve(sys.executable, [sys.executable, "-m", "tests.bench.compare", *sys.argv[1:]], environment)
+    run_with(ENVIRONMENT[given.engine], "tests.bench.compare")  # for the engine in this process; a replica gets it too
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         compared = systems(given, stack, scratch)

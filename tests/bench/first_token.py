@@ -13,10 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import re
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -30,9 +27,8 @@ from cluster.bench.http_client import HttpClient
 from cluster.bench.prompts import token_prompts
 from cluster.bench.records import Client, Prompt
 from cluster.commands.status import ask
-from cluster.config import ModelConfig
-from cluster.ray_cluster import free_ports, joined_cluster
-from tests.bench.compare import CONTEXT, nibble_config, running
+from cluster.ray_cluster import joined_cluster
+from tests.bench.serving import NOW, Served, model_of, run_with, serving, workload_parser
 
 REQUESTS = 8  # of each client
 
@@ -43,7 +39,7 @@ async def client_times(client: Client, prompts: Iterator[Prompt], concurrency: i
     async def one_after_the_other() -> list[float]:
         times = []
         for _ in range(REQUESTS):
-            sent = time.perf_counter()
+            sent = NOW()
             reply = await client.complete(next(prompts), {})
             if reply.failure:
                 raise RuntimeError(str(reply.failure))
@@ -62,11 +58,10 @@ async def added_ms(client: Client, prompts: Iterator[Prompt], concurrency: int) 
     return 1000 * mean(seen), 1000 * (after["first_token_s"] - before["first_token_s"]) / len(seen)
 
 
-async def measure(http: str, grpc: str, given: argparse.Namespace) -> Table:
-    """`http`, `grpc`: URLs."""
+async def measure(served: Served, given: argparse.Namespace) -> Table:
     clients: dict[str, Client] = {
-        "HTTP": HttpClient(http, "model", given.output_tokens, None, time.perf_counter),
-        "gRPC": GrpcClient(grpc, "model", given.output_tokens, None, time.perf_counter),
+        "HTTP": HttpClient(served.http, "model", given.output_tokens, None, NOW),
+        "gRPC": GrpcClient(served.grpc, "model", given.output_tokens, None, NOW),
     }
     prompts = token_prompts(given.seed, given.input_tokens, given.vocabulary)
     table = Table(
@@ -89,34 +84,17 @@ async def measure(http: str, grpc: str, given: argparse.Namespace) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--family", default="llama")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = workload_parser(__doc__)
     parser.add_argument("--concurrency", default="1,4,8,16")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--input-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=32)
-    parser.add_argument("--vocabulary", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
     given = parser.parse_args()
-    if "RAY_AUTH_MODE" not in os.environ:  # of the node that is started here; Ray reads it when it is imported
-        environment = os.environ | {"RAY_AUTH_MODE": "token"}
-        os.execve(sys.executable, [sys.executable, "-m", "tests.bench.first_token", *sys.argv[1:]], environment)
-    model = ModelConfig(
-        name="model", family=given.family, checkpoint=str(given.checkpoint.absolute()), engine="openvino",
-        threads=given.threads, context=CONTEXT,
-    )  # fmt: skip
-    http, grpc = free_ports(2)
-    over_http, over_grpc = f"http://127.0.0.1:{http}", f"grpc://127.0.0.1:{grpc}"
-    with tempfile.TemporaryDirectory() as scratch:
-        config, log = Path(scratch) / "nibble.yaml", Path(scratch) / "nibble.log"
-        config.write_text(nibble_config(model, http, grpc))
-        serve = [sys.executable, "-m", "cluster.cli", "serve", str(config)]
-        with running(serve, f"{over_http}/readyz", log):
-            address = re.findall(r"Ray cluster at (\S+)", log.read_text())[0]
-            with joined_cluster(address):
-                Console().print(asyncio.run(measure(over_http, over_grpc, given)))
+    # Of the node that is started here; Ray reads it when it is imported.
+    run_with({"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}, "tests.bench.first_token")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        serving(model_of(given, "openvino"), Path(scratch)) as served,
+        joined_cluster(served.cluster),
+    ):
+        Console().print(asyncio.run(measure(served, given)))
 
 
 if __name__ == "__main__":
