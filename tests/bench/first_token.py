@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from cluster.bench.grpc_client import GrpcClient
 from cluster.bench.http_client import HttpClient
 from cluster.bench.prompts import token_prompts
 from cluster.bench.records import Client, Fields, Prompt
+from cluster.checkpoint import read_config
 from cluster.commands.status import ask
 from cluster.ray_cluster import joined_cluster
 from deployments.text import IncrementalDetokenizer, Tokenizer
@@ -78,21 +78,17 @@ async def measure(served: Served, given: argparse.Namespace) -> Table:
         "HTTP": HttpClient(served.http, "model", given.output_tokens, None, NOW),
         "gRPC": GrpcClient(served.grpc, "model", given.output_tokens, None, NOW),
     }
-    vocabulary = json.loads((given.checkpoint / "config.json").read_text())["vocab_size"]
-    excluded = without_text(Tokenizer(given.checkpoint), vocabulary)
-    fields: dict[str, Fields] = {
-        "HTTP": {"logit_bias": {str(token): NEVER for token in excluded}},
-        "gRPC": {"logit_bias": dict.fromkeys(excluded, NEVER)},
-    }
+    excluded = without_text(Tokenizer(given.checkpoint), read_config(given.checkpoint)["vocab_size"])
+    fields = {"logit_bias": dict.fromkeys(excluded, NEVER)}
     prompts = token_prompts(given.seed, given.input_tokens, given.vocabulary)
     table = Table(
         "concurrency", "over", "client, ms", "engine, ms", "added, ms", title="first token, medians of rounds"
     )
-    for name, client in clients.items():
-        await client_times(client, fields[name], prompts, 1)
+    for client in clients.values():
+        await client_times(client, fields, prompts, 1)
     for concurrency in map(int, given.concurrency.split(",")):
         rounds = [
-            {name: await added_ms(client, fields[name], prompts, concurrency) for name, client in clients.items()}
+            {name: await added_ms(client, fields, prompts, concurrency) for name, client in clients.items()}
             for _ in range(given.rounds)
         ]
         for name in clients:
