@@ -7,6 +7,7 @@ import random
 import shlex
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,10 @@ from cluster.isa import available_cores
 
 # From these the router's replicas take theirs; one that ended keeps its port for a while.
 REPLICA_PORTS = 32
+# A program and its arguments. Option 1 of prctl(2) is PR_SET_PDEATHSIG, which stays through execv.
+RUN_UNTIL_PARENT_ENDS = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); os.execv(sys.argv[1], sys.argv[1:])"
+)
 CONVERSION_CPUS = 1  # kept free of replicas on an overcommitted node, so that later conversions can run
 
 
@@ -39,7 +44,7 @@ def serve_environment(folder: Path) -> dict[str, str]:
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy_without_splice(folder)),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy_script(folder)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
@@ -62,15 +67,19 @@ def serve_environment(folder: Path) -> dict[str, str]:
     }
 
 
-def haproxy_without_splice(folder: Path) -> Path:
-    """A script in `folder` that runs Serve's HAProxy without splice(2).
+def haproxy_script(folder: Path) -> Path:
+    """A script in `folder` that runs Serve's HAProxy with what Serve has no setting for.
 
-    With `option splice-request`, which Serve always sets, HAProxy 2.8 does not notice that a client has left if the
-    request's body came in a packet of its own, as many clients send it: the engine would go on until the deadline.
-    Serve has no setting for it, hence this. `-dS` is HAProxy's option (its management guide, section 3).
+    Without splice(2): with `option splice-request`, which Serve always sets, HAProxy 2.8 does not notice that a client
+    has left if the request's body came in a packet of its own, as many clients send it: the engine would go on until
+    the deadline. `-dS` is HAProxy's option (its management guide, section 3).
+
+    Not longer than Serve's actor that started it: if that one is killed, HAProxy would keep the port, and the next one
+    would get a part of the connections only.
     """
     script = folder / "haproxy"
-    script.write_text(f'#!/bin/sh\nexec {shlex.quote(get_haproxy_binary())} -dS "$@"\n')
+    command = shlex.join([sys.executable, "-ISc", RUN_UNTIL_PARENT_ENDS, get_haproxy_binary(), "-dS"])
+    script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     script.chmod(0o700)
     return script
 

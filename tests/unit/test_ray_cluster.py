@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,14 @@ from ray.serve.config import gRPCOptions
 
 from cluster import ray_cluster
 from cluster.errors import ConfigError
-from cluster.ray_cluster import REPLICA_PORTS, UNCLAIMED_PORTS, free_block, free_ports, serve_environment
+from cluster.ray_cluster import (
+    REPLICA_PORTS,
+    UNCLAIMED_PORTS,
+    free_block,
+    free_ports,
+    haproxy_script,
+    serve_environment,
+)
 
 
 async def test_two_of_serves_grpc_servers_listen_on_one_port() -> None:
@@ -46,3 +56,38 @@ def test_a_block_with_a_port_in_use_is_not_taken(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(ray_cluster, "UNCLAIMED_PORTS", range(first, first + 8))
         with pytest.raises(ConfigError, match="no 4 consecutive free ports"):
             free_block(4)
+
+
+HAPROXY = """
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 1s
+    timeout server 1s
+frontend main
+    bind 127.0.0.1:{port}
+"""
+STARTER = "import subprocess, sys; subprocess.Popen(sys.argv[1:]).wait()"
+
+
+def test_haproxy_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(HAPROXY.format(port=port))
+    command = [sys.executable, "-c", STARTER, str(haproxy_script(tmp_path)), "-db", "-f", str(config)]
+    with subprocess.Popen(command) as parent:
+        wait_until_listening(port, True)
+        parent.kill()
+    wait_until_listening(port, False)
+
+
+def wait_until_listening(port: int, wanted: bool, timeout: float = 30) -> None:
+    ends = time.monotonic() + timeout
+    while listens(port) != wanted:
+        assert time.monotonic() < ends, f"wanted: {wanted}"
+        time.sleep(0.05)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as tried:
+        return tried.connect_ex(("127.0.0.1", port)) == 0
