@@ -46,11 +46,12 @@ class Ingress(GrpcApi, KserveApi):
     """`config`: its models are those of `handles`, in their order."""
 
     def __init__(self, config: NibbleConfig, *handles: DeploymentHandle) -> None:
-        models = [ServeModel(model, handle) for model, handle in zip(config.models, handles, strict=True)]
+        lost_replica = asyncio.Event()
+        models = [ServeModel(model, handle, lost_replica) for model, handle in zip(config.models, handles, strict=True)]
         self.router = Router({model.config.name: model for model in models}, config.limits)
         self.calls = Calls(Access(config.auth), config.logging)
         self._configs = list(config.models)
-        self._watch = asyncio.get_running_loop().create_task(watch_readiness(APP_NAME, models))
+        self._watch = asyncio.get_running_loop().create_task(watch_readiness(APP_NAME, models, lost_replica))
 
     async def configs(self) -> list[ModelConfig]:
         """For `nibble status`: also of the models that have no replica to ask."""

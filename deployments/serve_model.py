@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 from ray import serve
@@ -21,15 +22,20 @@ from deployments.generation import GenerationChunk, GenerationRequest
 
 logger = logging.getLogger("ray.serve")
 
-READINESS_POLL_S = 1.0
+# Seconds from one look at Serve's status to the next: while a model has no replica, or one died a moment ago, and while
+# all is well. Ray 2.60 pickles each deployment's request router anew for it, 10 to 60 ms of Python that the router's
+# requests wait for.
+UNSETTLED_POLL_S = 1.0
+SETTLED_POLL_S = 10.0
 
 
 class ServeModel:
-    """A `ServedModel` of the router."""
+    """A `ServedModel` of the router. `lost_replica` is set when a request finds that its replica died."""
 
-    def __init__(self, config: ModelConfig, handle: DeploymentHandle) -> None:
+    def __init__(self, config: ModelConfig, handle: DeploymentHandle, lost_replica: asyncio.Event) -> None:
         self.config = config
         self.running_replicas = 0
+        self._lost_replica = lost_replica
         self._handle = handle
         self._stream = handle.options(method_name="generate", stream=True)
 
@@ -97,11 +103,13 @@ class ServeModel:
                 raise
             raise cause from None
         except RayActorError:
+            self._lost_replica.set()
             raise UnavailableError(f"model {name}: its replica died during the request") from None
 
 
-async def watch_readiness(app_name: str, models: Iterable[ServeModel]) -> None:
+async def watch_readiness(app_name: str, models: Sequence[ServeModel], lost_replica: asyncio.Event) -> None:
     """Keeps each model's count of running replicas current, until cancelled."""
+    lost_at = float("-inf")
     while True:
         # A poll that fails (the controller restarts, say) changes nothing; the next one tells.
         with contextlib.suppress(Exception):
@@ -109,4 +117,11 @@ async def watch_readiness(app_name: str, models: Iterable[ServeModel]) -> None:
             deployments = status.applications[app_name].deployments
             for model in models:
                 model.running_replicas = deployments[model.config.name].replica_states.get("RUNNING", 0)
-        await asyncio.sleep(READINESS_POLL_S)
+        if time.monotonic() - lost_at < SETTLED_POLL_S or not all(model.ready() for model in models):
+            await asyncio.sleep(UNSETTLED_POLL_S)
+        else:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(lost_replica.wait(), SETTLED_POLL_S)
+        if lost_replica.is_set():
+            lost_replica.clear()
+            lost_at = time.monotonic()
