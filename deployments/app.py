@@ -30,6 +30,9 @@ from deployments.router import Router
 from deployments.serve_model import ServeModel, watch_readiness
 
 APP_NAME = "nibble"
+# The router writes a line of each request itself, with more in it (`deployments/calls.py`); Serve's own two, one of
+# them in the replica, only cost time.
+LOGGING = {"enable_access_log": False}
 
 
 def http_api() -> FastAPI:
@@ -84,6 +87,7 @@ def model_deployment(model: ModelConfig, wanted: Sequence[Wanted], artifacts: Ar
             },
             max_ongoing_requests=model.max_ongoing,
             max_queued_requests=model.queue.max_queued,
+            logging_config=LOGGING,
             **scaling(model),
         )
         .bind(model, wanted, artifacts)
@@ -106,7 +110,7 @@ def application(config: NibbleConfig, wanted: Sequence[Sequence[Wanted]]) -> Any
     # The router computes little, but a request holds a slot of it to its end: those a model may hold or queue.
     slots = sum(m.queue.max_queued + m.max_ongoing * m.replicas.max for m in config.models)
     ingress = serve.deployment(Ingress).options(
-        name=ROUTER_NAME, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=slots + 100
+        name=ROUTER_NAME, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=slots + 100, logging_config=LOGGING
     )
     deployments = [
         model_deployment(model, of_model, config.artifacts)
