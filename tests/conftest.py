@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from cluster.plan import CONVERTER_VERSION, plan_conversion
 from cluster.shard import convert_shard
 
 DEMOS = Path(cluster.demos.__file__).parent
+
+# A shell's background job ignores SIGINT, and so would the processes that tests start there and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def convert_here(checkpoint: Path, family: FamilyName, folder: Path, quantization: Quantization = "q4_0") -> Path:
