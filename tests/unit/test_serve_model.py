@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +46,19 @@ class Status:
         return SimpleNamespace(applications={"app": SimpleNamespace(deployments={"m": deployment})})
 
 
+@asynccontextmanager
+async def watched() -> AsyncIterator[ServeModel]:
+    lost = asyncio.Event()
+    model = ServeModel(CONFIG, DeadReplica(), lost)  # type: ignore[arg-type]
+    watch = asyncio.create_task(watch_readiness("app", [model], lost))
+    try:
+        yield model
+    finally:
+        watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await watch
+
+
 async def until(condition: Callable[[], bool]) -> None:
     async def holds() -> None:
         while not condition():
@@ -57,58 +70,45 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_a_request_that_finds_its_replica_dead_makes_the_router_look_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    status, lost = Status(), asyncio.Event()
+    status = Status()
     monkeypatch.setattr(serve, "status", status)
     monkeypatch.setattr(serve_model, "UNSETTLED_POLL_S", 0.001)
     monkeypatch.setattr(serve_model, "SETTLED_POLL_S", 1000.0)
-    model = ServeModel(CONFIG, DeadReplica(), lost)  # type: ignore[arg-type]
-    watch = asyncio.create_task(watch_readiness("app", [model], lost))
+    async with watched() as model:
+        await until(lambda: status.asked > 3)
+        assert not model.ready(), "it is asked again and again while no replica runs"
+        status.running = 1
+        await until(model.ready)
+        asked = status.asked
+        status.running = 0
+        await asyncio.sleep(0.1)
+        assert (status.asked, model.ready()) == (asked, True), "all was well: the next look is far away"
 
-    await until(lambda: status.asked > 3)
-    assert not model.ready(), "it is asked again and again while no replica runs"
-    status.running = 1
-    await until(model.ready)
-    asked = status.asked
-    status.running = 0
-    await asyncio.sleep(0.1)
-    assert (status.asked, model.ready()) == (asked, True), "all was well: the next look is far away"
-
-    with pytest.raises(UnavailableError, match="its replica died"):
-        await model.tokenize("text", True)
-    await until(lambda: not model.ready())
-    status.running = 1
-    await until(model.ready)
-    asked = status.asked
-    await until(lambda: status.asked > asked + 3)  # for a while after a death
-
-    watch.cancel()
-    with suppress(asyncio.CancelledError):
-        await watch
+        with pytest.raises(UnavailableError, match="its replica died"):
+            await model.tokenize("text", True)
+        await until(lambda: not model.ready())
+        status.running = 1
+        await until(model.ready)
+        asked = status.asked
+        await until(lambda: status.asked > asked + 3)  # for a while after a death
 
 
 async def test_a_look_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    status, lost = Status(), asyncio.Event()
+    status, failed = Status(), 0
     status.running = 1
-    monkeypatch.setattr(serve, "status", status)
-    monkeypatch.setattr(serve_model, "SETTLED_POLL_S", 0.001)
-    model = ServeModel(CONFIG, DeadReplica(), lost)  # type: ignore[arg-type]
-    watch = asyncio.create_task(watch_readiness("app", [model], lost))
-    await until(model.ready)
-
-    failed = 0
 
     def fails() -> None:
         nonlocal failed
         failed += 1
         raise RuntimeError("the controller restarts")
 
-    monkeypatch.setattr(serve, "status", fails)
-    await until(lambda: failed > 3)
-    assert model.ready()
-    status.running = 0
     monkeypatch.setattr(serve, "status", status)
-    await until(lambda: not model.ready())
-
-    watch.cancel()
-    with suppress(asyncio.CancelledError):
-        await watch
+    monkeypatch.setattr(serve_model, "SETTLED_POLL_S", 0.001)
+    async with watched() as model:
+        await until(model.ready)
+        monkeypatch.setattr(serve, "status", fails)
+        await until(lambda: failed > 3)
+        assert model.ready()
+        status.running = 0
+        monkeypatch.setattr(serve, "status", status)
+        await until(lambda: not model.ready())
