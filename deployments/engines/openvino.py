@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cluster.config import OpenvinoConfig
 from cluster.errors import EngineError
-from cluster.isa import available_cores, available_memory
+from cluster.isa import available_cores, available_memory, cpu_flags
 from deployments.cores import check_cores
 from deployments.engines.base import Token, TokenRequest
 from deployments.engines.batch import Batch
@@ -27,7 +27,7 @@ from deployments.engines.code_pages import scatter_code
 from deployments.engines.draft_model import DraftModel
 from deployments.engines.handover import Handover, closed_error
 from deployments.engines.openvino_jobs import EmbedJob, GenerateJob, Job, ScoreJob
-from deployments.engines.openvino_probe import choose_settings
+from deployments.engines.openvino_probe import choose_settings, wants_tiles
 from deployments.engines.openvino_weights import derived_weights
 from deployments.engines.paged_cache import BLOCK_TOKENS, BlockPool
 from deployments.engines.paged_model import PagedModel, Settings, Work
@@ -106,6 +106,7 @@ class OpenvinoEngine:
         return {
             "engine": self.name,
             "precision": settings.precision + (", 8-bit activations" if settings.quantized_activations else ""),
+            "products": self._products,
             "threads": self.threads,
             "cores": ",".join(str(core) for core in self.cores),
             "context": self.context,
@@ -145,7 +146,7 @@ class OpenvinoEngine:
         options = self._options
         paged, self._pool = self._model(folder, "this model", options.kv_cache)
         self.vocab_size = paged.vocab_size
-        self._settings = paged.settings
+        self._settings, self._products = paged.settings, paged.products
         models = [paged]
         guesser: Guesser | None = PromptLookup(options.prompt_lookup) if options.prompt_lookup else None
         if draft and options.draft:
@@ -161,7 +162,7 @@ class OpenvinoEngine:
     ) -> tuple[PagedModel, BlockPool]:
         """Ready for its first step, with a KV cache of `kv_cache` bytes, and with the fastest settings unless they are
         given. `role`: what errors call it."""
-        weights, model = derived_weights(folder)
+        weights, model = derived_weights(folder, in_tiles=wants_tiles(self._options.tune, cpu_flags()))
         if not 1 <= self.context <= (model.context or self.context):
             raise EngineError(f"context: found {self.context}, allowed for {role} is 1 to {model.context}")
         settings = settings or choose_settings(weights, model, self.threads, self._options.tune)

@@ -11,6 +11,7 @@ windows are inputs of the operation instead of patterns to be recognised.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ from openvino.op import _PagedAttentionExtension as PagedAttention
 from cluster.ggml import BLOCK_WEIGHTS
 from cluster.hyperparameters import Hyperparameters
 from deployments.engines.openvino_weights import DerivedWeights, QuantizedMatrix
+from deployments.engines.q4_product import Q4Product
+from deployments.engines.q4_threads import Q4Threads
 from deployments.engines.rotary import inverse_frequencies
 
 TOKEN_INPUTS = ("input_ids", "position_ids", "output_rows")  # i64, one dimension each
@@ -38,15 +41,18 @@ class Positions(NamedTuple):
     slopes: npt.NDArray[np.float32] | None = None  # ALiBi, [heads]
 
 
-def build_graph(weights: DerivedWeights, model: Hyperparameters, layers: int | None = None) -> ov.Model:
-    """Results: `logits` [rows, vocabulary] and `hidden` [rows, width], the final norm's output. `layers`: build only
-    so many of them. The weights must stay mapped as long as the model, or what is compiled from it, lives."""
-    return _Builder(weights, model).decoder(model.layers if layers is None else layers)
+def build_graph(
+    weights: DerivedWeights, model: Hyperparameters, threads: int = 1, layers: int | None = None
+) -> ov.Model:
+    """Results: `logits` [rows, vocabulary] and `hidden` [rows, width], the final norm's output. `threads`: of products
+    with tiles. `layers`: build only so many of them. The weights must stay mapped as long as the model, or what is
+    compiled from it, lives."""
+    return _Builder(weights, model, threads).decoder(model.layers if layers is None else layers)
 
 
 class _Builder:
-    def __init__(self, weights: DerivedWeights, model: Hyperparameters) -> None:
-        self._weights, self._model = weights, model
+    def __init__(self, weights: DerivedWeights, model: Hyperparameters, threads: int) -> None:
+        self._weights, self._model, self._threads = weights, model, threads
         self._inputs = {name: _parameter(name, ov.Type.i64) for name in TOKEN_INPUTS}
         for name in BATCH_INPUTS:
             self._inputs[name] = _parameter(name, ov.Type.i32, dimensions=int(name != "max_context_len"))
@@ -110,10 +116,18 @@ class _Builder:
         return op.multiply(gain, op.multiply(x, scale))
 
     def _linear(self, x: Any, name: str) -> Any:
-        y = op.matmul(x, self._matrix(f"{name}.weight"), False, True)
+        weight = f"{name}.weight"
+        if self._weights.tiled(weight):
+            y = Q4Product([_output(x)], *self._weights.tiles(weight), self._q4_threads)
+        else:
+            y = op.matmul(x, self._matrix(weight), False, True)
         if f"{name}.bias" in self._weights:
             y = op.add(y, op.constant(self._weights.array(f"{name}.bias").reshape(1, -1)))
         return y
+
+    @cached_property
+    def _q4_threads(self) -> Q4Threads:
+        return Q4Threads(self._threads)
 
     def _matrix(self, name: str) -> Any:
         return dequantized(self._weights.matrix(name))

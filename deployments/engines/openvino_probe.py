@@ -24,15 +24,20 @@ NEARLY = 1.5
 # Sequences that decode together: what each aim is measured on.
 SEQUENCES: dict[Tune, int] = {"latency": 1, "throughput": 8}
 
+PRODUCT_FLAGS = frozenset({"avx2", "fma", "f16c"})  # what the instructions of q4_kernels.py need
+
 EXACT = Settings(precision="f32", quantized_activations=False)
 
 
 def choose_settings(weights: DerivedWeights, model: Hyperparameters, threads: int, tune: Tune) -> Settings:
-    """`precision`: activations are not rounded, and nothing is tried out. The others try each candidate for some tens
-    of steps of the first layers, with weights of the model itself, and take the one whose fastest step is shortest; the
-    first that is nearly so, since replicas that choose differently give different tokens."""
+    """`precision`: activations are not rounded, and nothing is tried out; nor is it for weights in tiles, whose
+    products are nibble's own. The others try each candidate for some tens of steps of the first layers, with weights of
+    the model itself, and take the one whose fastest step is shortest; the first that is nearly so, since replicas that
+    choose differently give different tokens."""
     if tune == "precision":
         return EXACT
+    if weights.in_tiles:
+        return Settings()
     tried = {}
     for settings in candidates(cpu_flags()):
         probe = PagedModel(weights, model, threads, settings, layers=min(PROBED_LAYERS, model.layers))
@@ -42,6 +47,11 @@ def choose_settings(weights: DerivedWeights, model: Hyperparameters, threads: in
     chosen = next(settings for settings, seconds in tried.items() if seconds <= NEARLY * min(tried.values()))
     logger.info("openvino: %s: %s", tune, {str(s): f"{1000 * seconds:.2f} ms" for s, seconds in tried.items()})
     return chosen
+
+
+def wants_tiles(tune: Tune, flags: frozenset[str]) -> bool:
+    """Whether nibble's own products are the fastest: where OpenVINO has none in integers (tests/bench/NOTES.md)."""
+    return tune != "precision" and flags >= PRODUCT_FLAGS and not flags & {"avx_vnni", "avx512_vnni"}
 
 
 def candidates(flags: frozenset[str]) -> list[Settings]:

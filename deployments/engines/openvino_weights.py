@@ -2,10 +2,12 @@
 
     <artifact folder>/openvino-<version>.bin    matrices and vectors, each on a 64-byte border
     <artifact folder>/openvino-<version>.json   where they are; written last, so that a folder that has it is whole
+    <artifact folder>/openvino-<version>-tiles.*    the same, for nibble's own products
 
 The numbers are those of the artifact. What changes is their order: OpenVINO's i4 wants neighbours in one byte where
 Q4_0 has weights j and j + 32, and scales in an array of their own; rows go back to the Hub's order, with each key and
-value head once; and matrices that read the same input are one matrix. Replicas of a node share the file through mmap.
+value head once; and matrices that read the same input are one matrix. nibble's own products (q4_kernels.py) want tiles.
+Replicas of a node share the file through mmap.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from cluster.manifest import Manifest, Record, TensorEntry
 from cluster.node_cache import written
 from deployments.engines.ggml_blocks import BLOCKS
 from deployments.engines.openvino_recipes import Part, recipe
+from deployments.engines.q4_layout import TILE_BYTES, TILE_ROWS, tiles
 
 DERIVED_VERSION = 1
 ALIGNMENT = 64  # of a tensor in the file: a cache line, and the widest vector of the CPU
@@ -37,9 +40,9 @@ SLAB_BYTES = 8 << 20  # repacked at a time: bounds the memory of deriving
 
 class DerivedTensor(Record):
     """`shape` is (rows, columns) or (numbers,). A matrix's scales, one for each block of 64 weights of a row, begin at
-    `scales_offset`: fp16 for i4, fp32 for i8."""
+    `scales_offset`: fp16 for i4, fp32 for i8. Tiles have theirs inside."""
 
-    type: Literal["i4", "i8", "f32"]
+    type: Literal["i4", "i8", "f32", "tiles"]
     shape: tuple[int, ...]
     offset: int
     scales_offset: int | None = None
@@ -68,6 +71,7 @@ class DerivedWeights:
         # OpenVINO shares memory only with arrays that could be written to; a write would copy the page.
         self._data: npt.NDArray[np.uint8] = np.memmap(binary, np.uint8, "c")
         self._tensors = index.tensors
+        self.in_tiles = any(tensor.type == "tiles" for tensor in index.tensors.values())
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -77,10 +81,20 @@ class DerivedWeights:
         tensor = self._tensors[name]
         return self._view(tensor.offset, "<f4", tensor.shape)
 
+    def tiled(self, name: str) -> bool:
+        return self._tensors[name].type == "tiles"
+
+    def tiles(self, name: str) -> tuple[npt.NDArray[np.uint8], int]:
+        """A matrix in tiles, and how many rows it has: see q4_layout.tiles."""
+        tensor = self._tensors[name]
+        rows, columns = tensor.shape
+        shape = (-(-rows // TILE_ROWS), columns // BLOCK_WEIGHTS, TILE_BYTES)
+        return self._view(tensor.offset, "u1", shape), rows
+
     def matrix(self, name: str) -> QuantizedMatrix:
         tensor = self._tensors[name]
         rows, columns = tensor.shape
-        assert tensor.type != "f32", f"{name} is quantized"
+        assert tensor.type in ("i4", "i8"), f"{name} is quantized, and not in tiles"
         assert tensor.scales_offset is not None, f"{name} has scales"
         width, kind = (columns // 2, "u1") if tensor.type == "i4" else (columns, "i1")
         scales = self._view(
@@ -93,16 +107,21 @@ class DerivedWeights:
         return self._data[offset : offset + size].view(kind).reshape(shape)
 
 
-def derived_weights(folder: Path, beside: Path | None = None) -> tuple[DerivedWeights, Hyperparameters]:
+def derived_weights(
+    folder: Path, beside: Path | None = None, in_tiles: bool = False
+) -> tuple[DerivedWeights, Hyperparameters]:
     """Of the artifact in `folder`, kept there (or in the folder `beside`); derives them where that was not done yet or
-    what is there is damaged. Raises ArtifactError where they cannot be written."""
+    what is there is damaged. `in_tiles`: the INT4 matrices that are multiplied with, for nibble's own products. Raises
+    ArtifactError where they cannot be written."""
     manifest, kept = Manifest.read(folder), beside or folder
+    in_tiles = in_tiles and manifest.quantization == "q4_0"
     model = read_hyperparameters(folder, read_config(folder), manifest.family, manifest.quantization)
     with FileLock(kept / "openvino.lock"):
-        binary, index_file = (kept / f"openvino-{DERIVED_VERSION}.{suffix}" for suffix in ("bin", "json"))
+        name = f"openvino-{DERIVED_VERSION}" + ("-tiles" if in_tiles else "")
+        binary, index_file = (kept / f"{name}.{suffix}" for suffix in ("bin", "json"))
         index = _whole(binary, index_file, manifest)
         if index is None:
-            index = _derive(folder, manifest, model, binary)
+            index = _derive(folder, manifest, model, binary, in_tiles)
             with written(index_file):
                 new = index_file.with_suffix(".new")
                 new.write_text(index.model_dump_json())
@@ -120,7 +139,7 @@ def _whole(binary: Path, index_file: Path, manifest: Manifest) -> DerivedIndex |
     return index if sound else None
 
 
-def _derive(folder: Path, manifest: Manifest, model: Hyperparameters, binary: Path) -> DerivedIndex:
+def _derive(folder: Path, manifest: Manifest, model: Hyperparameters, binary: Path, in_tiles: bool) -> DerivedIndex:
     source: npt.NDArray[np.uint8] = np.memmap(folder / manifest.binary, np.uint8, "r")
     entries = {entry.name: entry for entry in manifest.tensors}
     tensors: dict[str, DerivedTensor] = {}
@@ -128,7 +147,9 @@ def _derive(folder: Path, manifest: Manifest, model: Hyperparameters, binary: Pa
         try:
             out = _HashedFile(file)
             for name, parts in recipe(manifest.family, model, entries):
-                tensors[name] = _write_tensor(out, source, entries, parts)
+                # The embedding's rows are looked up, not multiplied.
+                write = _write_tiles if in_tiles and _tileable(name, entries[parts[0].tensor]) else _write_tensor
+                tensors[name] = write(out, source, entries, parts)
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)  # replicas of another user map it too
@@ -181,6 +202,20 @@ def _write_tensor(
     return DerivedTensor(type=kind, shape=(rows, first.shape[1]), offset=offset, scales_offset=scales_offset)
 
 
+def _tileable(name: str, entry: TensorEntry) -> bool:
+    return entry.type == "q4_0" and name not in ("embedding.weight", "position_embedding.weight")
+
+
+def _write_tiles(
+    out: _HashedFile, source: npt.NDArray[np.uint8], entries: Mapping[str, TensorEntry], parts: tuple[Part, ...]
+) -> DerivedTensor:
+    offset, blocks = out.align(), np.dtype(BLOCKS["q4_0"])
+    rows = np.concatenate([_rows(source, entries[part.tensor], part, blocks) for part in parts])
+    for slab in _slabs(rows, TILE_ROWS):
+        out.write(tiles(slab["weights"], slab["scale"]))
+    return DerivedTensor(type="tiles", shape=(len(rows), rows.shape[1] * BLOCK_WEIGHTS), offset=offset)
+
+
 def _rows(source: npt.NDArray[np.uint8], entry: TensorEntry, part: Part, kind: np.dtype[Any]) -> npt.NDArray[Any]:
     """The part's rows of a tensor of the artifact: blocks [rows, blocks of a row], or numbers."""
     data = source[entry.offset : entry.offset + entry.bytes].view(kind)
@@ -188,8 +223,9 @@ def _rows(source: npt.NDArray[np.uint8], entry: TensorEntry, part: Part, kind: n
     return data if part.rows is None else data[part.rows]
 
 
-def _slabs(blocks: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:
-    step = max(1, SLAB_BYTES // (blocks.itemsize * blocks.shape[1]))
+def _slabs(blocks: npt.NDArray[Any], multiple: int = 1) -> Iterator[npt.NDArray[Any]]:
+    """Some rows at a time, a multiple of so many but for the last."""
+    step = max(1, SLAB_BYTES // (blocks.itemsize * blocks.shape[1] * multiple)) * multiple
     for start in range(0, len(blocks), step):
         yield blocks[start : start + step]
 

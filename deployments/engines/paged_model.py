@@ -68,9 +68,11 @@ class PagedModel:
         """Raises EngineError where OpenVINO cannot compile the model."""
         self._weights = weights  # the compiled model reads the mapped file
         self.settings = settings
+        self.products = "nibble" if weights.in_tiles else "openvino"  # whose they are, with most matrices
         self.vocab_size = model.vocabulary
         try:
-            compiled = ov.Core().compile_model(build_graph(weights, model, layers), "CPU", settings.properties(threads))
+            graph = build_graph(weights, model, threads, layers)
+            compiled = ov.Core().compile_model(graph, "CPU", settings.properties(threads))
             self._request = compiled.create_infer_request()
         except RuntimeError as error:
             raise EngineError(f"OpenVINO cannot compile the model: {error}") from error

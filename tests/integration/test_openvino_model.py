@@ -13,12 +13,13 @@ import pytest
 from cluster.checkpoint import read_config
 from cluster.families import FAMILY_NAMES, FamilyName
 from cluster.hyperparameters import read_hyperparameters
+from cluster.isa import cpu_flags
 from cluster.layouts import output_rows, tensor_rules
 from cluster.manifest import Manifest, Quantization
 from deployments.engines.base import Logits
 from deployments.engines.ggml_blocks import dequantize
 from deployments.engines.openvino_check import check_openvino
-from deployments.engines.openvino_probe import EXACT, candidates, choose_settings
+from deployments.engines.openvino_probe import EXACT, PRODUCT_FLAGS, candidates, choose_settings, wants_tiles
 from deployments.engines.openvino_recipes import recipe
 from deployments.engines.openvino_weights import DERIVED_VERSION, DerivedWeights, QuantizedMatrix, derived_weights
 from deployments.engines.paged_cache import BLOCK_TOKENS
@@ -28,6 +29,8 @@ from tests.random_checkpoint import OPENVINO_SHAPES, SHAPES, write_lively_weight
 
 REFERENCE = Path(__file__).parent.parent / "reference"
 RANDOM = {path.stem for path in (REFERENCE / "logits").glob("*.npz")} - set(FAMILY_NAMES)
+# nibble's own products, where this CPU has what they need: settings, and whether the weights are in tiles.
+TILES = [(Settings(), True)] if cpu_flags() >= PRODUCT_FLAGS else []
 Artifact = Callable[[FamilyName], Path]
 
 
@@ -41,8 +44,9 @@ def expected(name: str) -> Expected:
     return Expected(stored["input_ids"].tolist(), stored["logits"].astype(np.float32))
 
 
-def loaded(folder: Path, settings: Settings, blocks: int = 16) -> PagedModel:
-    weights, model = derived_weights(folder)
+def loaded(folder: Path, settings: Settings, blocks: int = 16, in_tiles: bool = False) -> PagedModel:
+    weights, model = derived_weights(folder, in_tiles=in_tiles)
+    assert weights.in_tiles == in_tiles
     paged = PagedModel(weights, model, threads=1, settings=settings)
     paged.allocate(blocks)
     return paged
@@ -101,11 +105,11 @@ def test_the_fastest_settings_stay_within_two_percent_of_transformers(
     family: FamilyName, demo_artifact: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wanted = expected(family)
-    for settings in candidates(frozenset({"amx_bf16"})):
-        paged = loaded(demo_artifact(family), settings)
+    for settings, in_tiles in [*((settings, False) for settings in candidates(frozenset({"amx_bf16"}))), *TILES]:
+        paged = loaded(demo_artifact(family), settings, in_tiles=in_tiles)
         errors = [relative_rms(compute(paged, wanted.ids), wanted.logits) for compute in (at_once, one_by_one)]
         with capsys.disabled():
-            print(f"\n{family}, {settings}: relative RMS {errors[0]:.4f} at once, {errors[1]:.4f} one by one")
+            print(f"\n{family}, {settings}, {paged.products}: relative RMS {errors[0]:.4f}, {errors[1]:.4f} one by one")
         assert max(errors) < 0.02
 
 
@@ -114,11 +118,13 @@ def test_int4_agrees_with_fp32_on_at_least_nine_of_ten_next_tokens(
     family: FamilyName, demo_artifact: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reference = json.loads((REFERENCE / "agreement" / f"{family}.json").read_text())
-    logits = at_once(loaded(demo_artifact(family), Settings()), reference["input_ids"])
-    agreement = float(np.mean(logits.argmax(axis=1) == reference["greedy_next"]))
-    with capsys.disabled():
-        print(f"\n{family}, openvino: INT4 and fp32 agree on {agreement:.1%} of {len(logits)} next tokens")
-    assert agreement >= 0.9
+    for settings, in_tiles in [(Settings(), False), *TILES]:
+        paged = loaded(demo_artifact(family), settings, in_tiles=in_tiles)
+        logits = at_once(paged, reference["input_ids"])
+        agreement = float(np.mean(logits.argmax(axis=1) == reference["greedy_next"]))
+        with capsys.disabled():
+            print(f"\n{family}, openvino, products by {paged.products}: INT4 and fp32 agree on {agreement:.1%}")
+        assert agreement >= 0.9
 
 
 @pytest.mark.parametrize("name", sorted(RANDOM))
@@ -129,6 +135,10 @@ def test_other_forms_of_a_model_have_the_logits_of_transformers(
     exact = loaded(random_artifact(name), Settings("f32", quantized_activations=False, cache="f32"))
     assert relative_rms(at_once(exact, wanted.ids), wanted.logits) < 0.002
     assert relative_rms(one_by_one(exact, wanted.ids), wanted.logits) < 0.002
+    for settings, in_tiles in TILES:
+        rounded = loaded(random_artifact(name), settings, in_tiles=in_tiles)
+        assert 0 < relative_rms(at_once(rounded, wanted.ids), wanted.logits) < 0.05
+        assert 0 < relative_rms(one_by_one(rounded, wanted.ids), wanted.logits) < 0.05
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -144,12 +154,14 @@ def test_sequences_in_one_step_do_not_see_each_other(family: FamilyName, demo_ar
     assert relative_rms(logits[: len(ids)], alone) < 0.001
 
 
+@pytest.mark.parametrize("in_tiles", [False, True])
 @pytest.mark.parametrize("name", ["llama-grouped", "qwen2", "gptneox", "bloom-wide", "starcoder-wide"])
 def test_weights_are_the_artifacts_own_numbers_tensor_by_tensor(
-    name: str, random_artifact: Callable[..., Path]
+    name: str, in_tiles: bool, random_artifact: Callable[..., Path]
 ) -> None:
     folder = random_artifact(name)
-    manifest, (weights, model) = Manifest.read(folder), derived_weights(folder)
+    manifest, (weights, model) = Manifest.read(folder), derived_weights(folder, in_tiles=in_tiles)
+    assert weights.in_tiles == in_tiles
     data, entries = np.fromfile(folder / manifest.binary, np.uint8), {t.name: t for t in manifest.tensors}
     compared = set()
     for ours, parts in recipe(manifest.family, model, entries):
@@ -169,7 +181,17 @@ def test_weights_are_the_artifacts_own_numbers_tensor_by_tensor(
 
 
 def numbers_of(weights: DerivedWeights, name: str, tensor: str, entries: dict) -> np.ndarray:  # type: ignore[type-arg]
-    return weights.array(name) if entries[tensor].type == "f32" else as_floats(weights.matrix(name))
+    if entries[tensor].type == "f32":
+        return weights.array(name)
+    return from_tiles(*weights.tiles(name)) if weights.tiled(name) else as_floats(weights.matrix(name))
+
+
+def from_tiles(tiles: np.ndarray, rows: int) -> np.ndarray:  # type: ignore[type-arg]
+    quads = tiles[..., :512].reshape(*tiles.shape[:2], 16, 8, 4)
+    values = np.stack([quads & 0x0F, quads >> 4], axis=2).transpose(0, 2, 4, 1, 3, 5).reshape(len(tiles) * 16, -1)
+    scales = np.ascontiguousarray(tiles[..., 512:]).view("<f2").astype(np.float32).transpose(0, 2, 1)
+    floats: np.ndarray = (values.astype(np.float32) - 8) * np.repeat(scales.reshape(len(values), -1), 64, axis=1)  # type: ignore[type-arg]
+    return floats[:rows]
 
 
 def as_floats(matrix: QuantizedMatrix) -> np.ndarray:  # type: ignore[type-arg]
@@ -244,6 +266,14 @@ def test_settings_are_chosen_by_trying_them_or_by_asking_for_precision(random_ar
     assert choose_settings(weights, model, 1, "precision") == EXACT
     assert choose_settings(weights, model, 1, "latency") in candidates(frozenset({"amx_bf16"}))
     assert all(settings.precision == "f32" for settings in candidates(frozenset({"avx2"})))
+
+
+def test_products_are_nibbles_own_where_openvino_has_none_in_integers() -> None:
+    assert wants_tiles("throughput", PRODUCT_FLAGS)
+    assert not wants_tiles("precision", PRODUCT_FLAGS)
+    assert not wants_tiles("latency", PRODUCT_FLAGS | {"avx512_vnni"})
+    assert not wants_tiles("latency", PRODUCT_FLAGS | {"avx_vnni"})
+    assert not wants_tiles("throughput", frozenset({"avx2"}))
 
 
 def test_hyperparameters_are_read_from_the_artifact(random_artifact: Callable[..., Path]) -> None:
