@@ -19,11 +19,12 @@ from typing import Any
 from llvmlite import ir
 
 from cluster.ggml import BLOCK_WEIGHTS
-from deployments.engines.jit import F16, F32, I8, I16, I32, Code, constant, i64, vector
+from deployments.engines.jit import F16, F32, I8, I16, I32, VOID, Code, constant, i64, vector
 from deployments.engines.q4_layout import LANES, QUADS, SCALES, TILE_BYTES, TILE_ROWS
 
 # Rows of activations that a tile of weights is multiplied with at once: two sums each, in 16 registers.
 STRIPE = 4
+AHEAD = 8 * TILE_BYTES  # of the weights that are read are fetched into the cache
 
 FLOATS, INTEGERS, SHORTS, BYTES = vector(F32, LANES), vector(I32, LANES), vector(I16, 16), vector(I8, 32)
 
@@ -116,6 +117,9 @@ def _emit_stripe(module: Any, count: int) -> Any:
     ]
     with b.loop(i64(0), blocks) as block:
         tile = b.offset(weights, block, TILE_BYTES)
+        for line in range(AHEAD, AHEAD + TILE_BYTES, 64):
+            to_read, to_all_caches, data = (constant(I32, number) for number in (0, 3, 1))
+            b.intrinsic("llvm.prefetch.p0", VOID, b.offset(tile, line), to_read, to_all_caches, data)
         sums = []
         for _, _, starts_of_row in rows:
             start = b.read(b.offset(starts_of_row, block, 4), I32, 4)
@@ -130,7 +134,7 @@ def _emit_stripe(module: Any, count: int) -> Any:
                 spread = b.bitcast(b.spread(four_values, LANES), BYTES)
                 for half in range(2):
                     products = b.intrinsic("llvm.x86.avx2.pmadd.ub.sw", SHORTS, halves[half], spread)
-                    sums[row][half] = b.add(sums[row][half], products)
+                    sums[row][half] = _add_in_order(b, sums[row][half], products)
         tile_scales = [
             b.fpext(b.read(b.offset(tile, SCALES + 2 * LANES * half), vector(F16, LANES), 16), FLOATS)
             for half in range(2)
@@ -148,6 +152,12 @@ def _emit_stripe(module: Any, count: int) -> Any:
             b.write(b.load(results[row][half], align=32), target, 4)
     b.ret_void()
     return b.function
+
+
+def _add_in_order(b: Code, total: Any, products: Any) -> Any:
+    """VPADDW as it stands here: LLVM would add products in pairs first, in more registers than there are."""
+    kind = ir.FunctionType(SHORTS, [SHORTS, SHORTS])
+    return b.asm(kind, "vpaddw $2, $1, $0", "=x,x,x", [total, products], side_effect=False)
 
 
 def _sum(b: Code, numbers: list[Any]) -> Any:

@@ -52,7 +52,7 @@ class Q4Threads:
         workers = [threading.Thread(target=code.worker, args=(self._board,), daemon=True) for _ in range(threads - 1)]
         for thread in workers:
             thread.start()
-        weakref.finalize(self, _end, code.stop, self._board, workers, self._memory)
+        weakref.finalize(self, _end, code, self._board, workers, self._memory)
 
     def multiply(
         self, activations: npt.NDArray[np.float32], tiles: npt.NDArray[np.uint8], result: npt.NDArray[np.float32]
@@ -72,9 +72,9 @@ class Q4Threads:
         self._multiply(self._board, -(-rows // shares), len(tiles), -(-len(tiles) // shares))
 
 
-def _end(stop: Any, board: int, workers: list[threading.Thread], memory: Any) -> None:
-    """`memory` holds the board until the last worker has left it."""
-    stop(board)
+def _end(code: _Native, board: int, workers: list[threading.Thread], memory: Any) -> None:
+    """The code, and the `memory` that holds the board, stay until the last worker has left them."""
+    code.stop(board)
     for thread in workers:
         thread.join()
 
