@@ -13,23 +13,36 @@ from deployments.engines.q4_threads import Q4Threads
 
 
 class Q4Product(ov.Op):  # type: ignore[misc]  # OpenVINO has no types
-    """f32 [tokens, columns] by the transposed matrix in `tiles`: f32 [tokens, width]. OpenVINO copies and reshapes the
-    node as it likes; the copies share `tiles` and `threads`."""
+    """f32 [tokens, columns] by the transposed matrix in `tiles`: f32 [tokens, width]. OpenVINO copies the node as it
+    likes; the copies share `tiles` and `threads`."""
 
     def __init__(
         self, inputs: Sequence[ov.Output], tiles: npt.NDArray[np.uint8], width: int, threads: Q4Threads
     ) -> None:
         super().__init__(self)
         self._tiles, self._width, self._threads = tiles, width, threads
+        self._sized: dict[int, Q4Product] = {}
+        self._typed = False
         self.set_arguments(list(inputs))
         self.constructor_validate_and_infer_types()
 
     def validate_and_infer_types(self) -> None:
-        tokens = self.get_input_partial_shape(0)[0]
-        self.set_output_type(0, ov.Type.f32, ov.PartialShape([tokens, self._width]))
+        if not self._typed:
+            tokens = self.get_input_partial_shape(0)[0]
+            self.set_output_type(0, ov.Type.f32, ov.PartialShape([tokens, self._width]))
+            self._typed = tokens.is_static
 
     def clone_with_new_inputs(self, inputs: Sequence[ov.Output]) -> Q4Product:
-        return Q4Product(inputs, self._tiles, self._width, self._threads)
+        """Before each evaluation OpenVINO copies the node, with an input of so many tokens, to ask the copy for its
+        output's shape, which costs more than a small product. So such copies are kept: one for each number of tokens,
+        of which a step has `step_tokens` at most."""
+        tokens = inputs[0].get_partial_shape()[0]
+        if not tokens.is_static:
+            return Q4Product(inputs, self._tiles, self._width, self._threads)
+        count = tokens.get_length()
+        if count not in self._sized:
+            self._sized[count] = Q4Product(inputs, self._tiles, self._width, self._threads)
+        return self._sized[count]
 
     def visit_attributes(self, visitor: Any) -> bool:
         visitor.on_attributes({"width": self._width})
