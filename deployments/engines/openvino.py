@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -38,6 +39,9 @@ from deployments.engines.scheduler import Guesser, Scheduler
 # Of what is free at start, at most, for the caches of all replicas that fit on a node, where their size was not
 # configured. Each has its share by its threads: replicas that start together see the same memory free.
 SHARE_OF_MEMORY = 0.25
+# nibble's own products take Python's interpreter for an instant, some hundred times a step. By default another thread
+# that is busy with it (the replica's event loop) would give it back after 5 ms only.
+SWITCH_S = 0.0005
 COMPILED_AT_LOAD = 16  # tokens of a step: the kernels for more are compiled when they are needed, for some milliseconds
 
 
@@ -154,6 +158,8 @@ class OpenvinoEngine:
             models.append(drafting)
             guesser = DraftModel(drafting, pool, options.draft.tokens, options.step_tokens, self.vocab_size)
         scatter_code()
+        if paged.products == "nibble":
+            sys.setswitchinterval(SWITCH_S)
         self._populating = chain.from_iterable(model.populate() for model in models)
         return Batch(paged, Scheduler(self._pool, options.step_tokens, self._max_running, guesser))
 

@@ -11,7 +11,6 @@ windows are inputs of the operation instead of patterns to be recognised.
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,16 +41,16 @@ class Positions(NamedTuple):
 
 
 def build_graph(
-    weights: DerivedWeights, model: Hyperparameters, threads: int = 1, layers: int | None = None
+    weights: DerivedWeights, model: Hyperparameters, threads: Q4Threads | None, layers: int | None = None
 ) -> ov.Model:
-    """Results: `logits` [rows, vocabulary] and `hidden` [rows, width], the final norm's output. `threads`: of products
-    with tiles. `layers`: build only so many of them. The weights must stay mapped as long as the model, or what is
-    compiled from it, lives."""
+    """Results: `logits` [rows, vocabulary] and `hidden` [rows, width], the final norm's output. `threads`: for
+    weights in tiles. `layers`: build only so many of them. The weights must stay mapped as long as the model, or what
+    is compiled from it, lives."""
     return _Builder(weights, model, threads).decoder(model.layers if layers is None else layers)
 
 
 class _Builder:
-    def __init__(self, weights: DerivedWeights, model: Hyperparameters, threads: int) -> None:
+    def __init__(self, weights: DerivedWeights, model: Hyperparameters, threads: Q4Threads | None) -> None:
         self._weights, self._model, self._threads = weights, model, threads
         self._inputs = {name: _parameter(name, ov.Type.i64) for name in TOKEN_INPUTS}
         for name in BATCH_INPUTS:
@@ -118,16 +117,14 @@ class _Builder:
     def _linear(self, x: Any, name: str) -> Any:
         weight = f"{name}.weight"
         if self._weights.tiled(weight):
-            y = Q4Product([_output(x)], *self._weights.tiles(weight), self._q4_threads)
+            tiles, width = self._weights.tiles(weight)
+            assert self._threads is not None, f"{weight} is in tiles"
+            y = Q4Product([_output(x)], self._threads.add(tiles), width, self._threads)
         else:
             y = op.matmul(x, self._matrix(weight), False, True)
         if f"{name}.bias" in self._weights:
             y = op.add(y, op.constant(self._weights.array(f"{name}.bias").reshape(1, -1)))
         return y
-
-    @cached_property
-    def _q4_threads(self) -> Q4Threads:
-        return Q4Threads(self._threads)
 
     def _matrix(self, name: str) -> Any:
         return dequantized(self._weights.matrix(name))

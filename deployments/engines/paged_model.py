@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -18,6 +19,7 @@ from deployments.engines.cache_memory import Cache, populate, zeros
 from deployments.engines.openvino_graph import build_graph
 from deployments.engines.openvino_weights import DerivedWeights
 from deployments.engines.paged_cache import BLOCK_TOKENS
+from deployments.engines.q4_threads import Q4Threads
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,10 @@ class PagedModel:
         self.products = "nibble" if weights.in_tiles else "openvino"  # whose they are, with most matrices
         self.vocab_size = model.vocabulary
         try:
-            graph = build_graph(weights, model, threads, layers)
+            products = Q4Threads(threads) if weights.in_tiles else None
+            if products:
+                weakref.finalize(self, products.end)
+            graph = build_graph(weights, model, products, layers)
             compiled = ov.Core().compile_model(graph, "CPU", settings.properties(threads))
             self._request = compiled.create_infer_request()
         except RuntimeError as error:

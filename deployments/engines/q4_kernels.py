@@ -6,9 +6,9 @@ there, and multiplied by VPMADDUBSW, which adds the products of two neighbours i
 
 Weights lie in tiles (`q4_layout.py`), which a product reads once, from front to back.
 
-A nibble is the weight plus 8, so that a sum of 16 columns' products needs more than 16 bits; but the sum of the weights
-themselves, at most 8 * 127 * 32, fits. So the sum starts at minus 8 times that of the activations, and wraps around as
-often as it likes: its last value is the right one.
+A nibble is its weight plus 8. The 32 products of a block that are added in one 16-bit lane need more than 16 bits with
+nibbles, but not with weights: at most 32 * 8 * 127. So a sum starts at minus 8 times that of the activations, and wraps
+around as often as it likes: its last value is the right one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from deployments.engines.q4_layout import LANES, QUADS, SCALES, TILE_BYTES, TILE
 
 # Rows of activations that a tile of weights is multiplied with at once: two sums each, in 16 registers.
 STRIPE = 4
-AHEAD = 8 * TILE_BYTES  # of the weights that are read are fetched into the cache
+AHEAD = 8 * TILE_BYTES  # of the weights that are multiplied with, others are fetched into the cache
 
 FLOATS, INTEGERS, SHORTS, BYTES = vector(F32, LANES), vector(I32, LANES), vector(I16, 16), vector(I8, 32)
 

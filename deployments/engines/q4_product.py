@@ -1,26 +1,25 @@
-"""The product with a matrix in tiles as an operation of OpenVINO's graph, which has none like it."""
+"""The product with a matrix in tiles as an operation of OpenVINO's graph, which has none like it.
+
+OpenVINO (2026.4) never frees an operation of Python, since each half of it keeps the other: `py_obj` of openvino.Op. So
+it holds nothing that must go: the matrix and the threads end by `Q4Threads.end`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import openvino as ov
 
 from deployments.engines.q4_threads import Q4Threads
 
 
 class Q4Product(ov.Op):  # type: ignore[misc]  # OpenVINO has no types
-    """f32 [tokens, columns] by the transposed matrix in `tiles`: f32 [tokens, width]. OpenVINO copies the node as it
-    likes; the copies share `tiles` and `threads`."""
+    """f32 [tokens, columns] by a transposed matrix of `threads`, which has `width` rows: f32 [tokens, width]."""
 
-    def __init__(
-        self, inputs: Sequence[ov.Output], tiles: npt.NDArray[np.uint8], width: int, threads: Q4Threads
-    ) -> None:
+    def __init__(self, inputs: Sequence[ov.Output], matrix: int, width: int, threads: Q4Threads) -> None:
         super().__init__(self)
-        self._tiles, self._width, self._threads = tiles, width, threads
+        self._matrix, self._width, self._threads = matrix, width, threads
         self._sized: dict[int, Q4Product] = {}
         self._typed = False
         self.set_arguments(list(inputs))
@@ -38,10 +37,10 @@ class Q4Product(ov.Op):  # type: ignore[misc]  # OpenVINO has no types
         of which a step has `step_tokens` at most."""
         tokens = inputs[0].get_partial_shape()[0]
         if not tokens.is_static:
-            return Q4Product(inputs, self._tiles, self._width, self._threads)
+            return Q4Product(inputs, self._matrix, self._width, self._threads)
         count = tokens.get_length()
         if count not in self._sized:
-            self._sized[count] = Q4Product(inputs, self._tiles, self._width, self._threads)
+            self._sized[count] = Q4Product(inputs, self._matrix, self._width, self._threads)
         return self._sized[count]
 
     def visit_attributes(self, visitor: Any) -> bool:
@@ -54,5 +53,5 @@ class Q4Product(ov.Op):  # type: ignore[misc]  # OpenVINO has no types
     def evaluate(self, outputs: Sequence[ov.Tensor], inputs: Sequence[ov.Tensor]) -> bool:
         activations = inputs[0].data
         if len(activations):
-            self._threads.multiply(activations, self._tiles, outputs[0].data)
+            self._threads.multiply(activations, self._matrix, outputs[0].data)
         return True

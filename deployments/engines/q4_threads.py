@@ -28,6 +28,7 @@ from deployments.engines.q4_kernels import emit_product, emit_quantize
 
 SHARES = 8  # of a product, for each thread: so many that a thread which was held up takes fewer
 ALERT, YIELDING = 200, 1000  # turns of waiting: at the ready until the one, then giving way until the other
+THREAD_NAME = "products"
 FUTEX, FUTEX_WAIT, FUTEX_WAKE = 202, 128, 129  # of x86-64 Linux; within one process
 
 # The board, by number of its 8-byte words; what several threads write has a cache line of its own.
@@ -39,7 +40,8 @@ QUANTIZE, PRODUCT = 0, 1
 
 
 class Q4Threads:
-    """Multiplies with `threads` threads, of which the caller's is one. For one caller at a time."""
+    """Multiplies by matrices with `threads` threads, of which the caller's is one. For one caller at a time. Who made
+    it calls `end`: the operations of a graph that refer to it never go away (q4_product.py)."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
@@ -49,16 +51,29 @@ class Q4Threads:
         self._board = self._memory.ctypes.data + -self._memory.ctypes.data % 64
         self._words = np.ctypeslib.as_array((ctypes.c_int64 * 64).from_address(self._board))
         self._scratch: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
-        workers = [threading.Thread(target=code.worker, args=(self._board,), daemon=True) for _ in range(threads - 1)]
+        workers = [
+            threading.Thread(target=code.worker, args=(self._board,), daemon=True, name=THREAD_NAME)
+            for _ in range(threads - 1)
+        ]
         for thread in workers:
             thread.start()
-        weakref.finalize(self, _end, code, self._board, workers, self._memory)
+        self._stop = weakref.finalize(self, _stop, code, self._board, workers, self._memory)
+        self._matrices: list[npt.NDArray[np.uint8]] = []
 
-    def multiply(
-        self, activations: npt.NDArray[np.float32], tiles: npt.NDArray[np.uint8], result: npt.NDArray[np.float32]
-    ) -> None:
+    def add(self, tiles: npt.NDArray[np.uint8]) -> int:
+        """A matrix to multiply by, in tiles on a 32-byte border (q4_layout.py); its number."""
+        self._matrices.append(tiles)
+        return len(self._matrices) - 1
+
+    def end(self) -> None:
+        """Ends the threads and lets go of the matrices. Nothing can be multiplied any more."""
+        self._stop()
+        self._matrices.clear()
+
+    def multiply(self, activations: npt.NDArray[np.float32], matrix: int, result: npt.NDArray[np.float32]) -> None:
         """`result` [rows, width] = `activations` [rows, columns], rounded to 8 bits in groups of 64, by the transposed
-        weights [width, columns] in `tiles`. All contiguous."""
+        weights [width, columns] of a matrix that was added. All contiguous."""
+        tiles = self._matrices[matrix]
         rows, columns = activations.shape
         blocks = columns // BLOCK_WEIGHTS
         numbers = rows * blocks
@@ -72,7 +87,7 @@ class Q4Threads:
         self._multiply(self._board, -(-rows // shares), len(tiles), -(-len(tiles) // shares))
 
 
-def _end(code: _Native, board: int, workers: list[threading.Thread], memory: Any) -> None:
+def _stop(code: _Native, board: int, workers: list[threading.Thread], memory: Any) -> None:
     """The code, and the `memory` that holds the board, stay until the last worker has left them."""
     code.stop(board)
     for thread in workers:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,12 +16,15 @@ import pytest
 from cluster.config import DraftConfig, OpenvinoConfig
 from cluster.errors import EngineError, InvalidRequestError
 from cluster.families import FAMILY_NAMES, FamilyName
+from cluster.isa import available_cores, cpu_flags
 from deployments.engines import openvino
 from deployments.engines.base import SamplingParams, Token, TokenRequest
 from deployments.engines.draft_model import DraftModel
 from deployments.engines.openvino import OpenvinoEngine
+from deployments.engines.openvino_probe import wants_tiles
 from deployments.engines.paged_cache import BLOCK_TOKENS
 from deployments.engines.paged_model import PagedModel
+from deployments.engines.q4_threads import THREAD_NAME
 
 Artifact = Callable[[FamilyName], Path]
 CONTEXT, TOKENS = 256, 24
@@ -274,6 +279,21 @@ async def test_closing_the_engine_ends_what_runs_and_what_comes_later(demo_artif
     engine.close()
 
 
+@pytest.mark.skipif(
+    not wants_tiles("throughput", cpu_flags()),
+    reason="on this CPU OpenVINO multiplies, and nibble has no threads for it",
+)
+async def test_nibbles_own_products_give_tokens_and_end_with_the_engine(demo_artifact: Artifact) -> None:
+    engine = OpenvinoEngine(demo_artifact("llama"), threads := min(2, available_cores()), CONTEXT, 2, OpenvinoConfig())
+    assert engine.info()["products"] == "nibble"
+    assert sum(thread.name == THREAD_NAME for thread in threading.enumerate()) == threads - 1
+    request = TokenRequest(prompt(1), 20, GREEDY)
+    assert await ids(engine, request) == await ids(engine, request)
+    await asyncio.to_thread(engine.close)
+    gc.collect()
+    assert not any(thread.name == THREAD_NAME for thread in threading.enumerate())
+
+
 def test_what_cannot_be_loaded_is_refused(demo_artifact: Artifact) -> None:
     with pytest.raises(EngineError, match=r"openvino.kv_cache: found 1000 bytes, allowed are \d+ and more"):
         OpenvinoEngine(demo_artifact("llama"), 1, CONTEXT, 2, OpenvinoConfig(tune="precision", kv_cache=1000))
@@ -293,6 +313,7 @@ from pathlib import Path
 from cluster.config import OpenvinoConfig
 from deployments.engines.base import TokenRequest
 from deployments.engines.openvino import OpenvinoEngine
+from deployments.engines.openvino_probe import wants_tiles
 core = max(os.sched_getaffinity(0))
 before = set(os.listdir("/proc/self/task"))
 engine = OpenvinoEngine(Path({str(demo_artifact("bloom"))!r}), 1, 64, 2, OpenvinoConfig(), cores=[core])

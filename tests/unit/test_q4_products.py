@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from pathlib import Path
@@ -48,7 +47,7 @@ def multiplied(activations: np.ndarray, matrix: Matrix, threads: Q4Threads) -> n
     aligned = aligned[-aligned.ctypes.data % 64 :][: packed.nbytes].reshape(packed.shape)
     aligned[...] = packed
     guarded = np.full((len(activations) + 2, len(matrix[0])), 7.0, np.float32)
-    threads.multiply(np.ascontiguousarray(activations, np.float32), aligned, guarded[1:-1])
+    threads.multiply(np.ascontiguousarray(activations, np.float32), threads.add(aligned), guarded[1:-1])
     assert (guarded[[0, -1]] == 7).all(), "written outside the result"
     return guarded[1:-1]
 
@@ -98,7 +97,7 @@ def test_threads_share_many_small_products_without_a_fault() -> None:
             time.sleep(0.02)  # the others have gone to sleep when the next product comes
 
 
-def test_idle_threads_sleep_and_end_with_what_they_work_for() -> None:
+def test_idle_threads_sleep_and_end_when_told() -> None:
     before = set(threading.enumerate())
     team = Q4Threads(3)
     multiplied(np.ones((1, 64)), random_matrix(16, 64), team)
@@ -106,8 +105,7 @@ def test_idle_threads_sleep_and_end_with_what_they_work_for() -> None:
     assert len(started) == 2
     while any(state_of(thread) != "S" for thread in started):  # else the test's time limit ends it
         time.sleep(0.01)
-    del team
-    gc.collect()
+    team.end()
     assert not started & set(threading.enumerate())
 
 
