@@ -17,6 +17,11 @@ BLOCKS: dict[str, np.dtype[Any]] = {
 }
 
 
+def unpacked(nibbles: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Q4_0's bytes [..., 32] as one byte a nibble, [..., 64], in the weights' order."""
+    return np.concatenate([nibbles & 0x0F, nibbles >> 4], axis=-1)
+
+
 def dequantize(
     data: npt.NDArray[np.uint8], quantization: Quantization, shape: tuple[int, ...]
 ) -> npt.NDArray[np.float32]:
@@ -24,6 +29,6 @@ def dequantize(
     blocks = data.view(BLOCKS[quantization])
     weights = blocks["weights"]
     if quantization == "q4_0":
-        weights = np.concatenate([weights & 0x0F, weights >> 4], axis=-1).astype(np.int8) - np.int8(8)
+        weights = unpacked(weights).astype(np.int8) - np.int8(8)
     result: npt.NDArray[np.float32] = weights.astype(np.float32) * blocks["scale"].astype(np.float32)[:, None]
     return result.reshape(shape)

@@ -7,7 +7,7 @@ by hand here is slower once it has been rearranged (a product of 4 rows half as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,6 +91,27 @@ class Code(ir.IRBuilder):  # type: ignore[misc]  # llvmlite has no types
         following = self.add(index, i64(step))
         index.add_incoming(following, self.block)
         self.cbranch(self.icmp_signed("<", following, end), body, after)
+        self.position_at_end(after)
+
+    @contextmanager
+    def repeat(self) -> Iterator[tuple[Any, Callable[[Any], None]]]:
+        """The body again and again. Yields the turn, from 0 on, and `leave`, which ends the loop where a condition
+        holds."""
+        before = self.block
+        body, after = (self.append_basic_block(name) for name in ("repeat", "after"))
+        self.branch(body)
+        self.position_at_end(body)
+        turn = self.phi(I64)
+        turn.add_incoming(i64(0), before)
+
+        def leave(condition: Any) -> None:
+            stay = self.append_basic_block("stay")
+            self.cbranch(condition, after, stay)
+            self.position_at_end(stay)
+
+        yield turn, leave
+        turn.add_incoming(self.add(turn, i64(1)), self.block)
+        self.branch(body)
         self.position_at_end(after)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.ggml import BLOCK_WEIGHTS
+from deployments.engines.ggml_blocks import unpacked
 
 TILE_ROWS = 16
 LANES = 8  # of 32 bits, in a register
@@ -27,8 +28,7 @@ def tiles(nibbles: npt.NDArray[np.uint8], scales: npt.NDArray[np.float16]) -> np
     nibbles = np.pad(nibbles, ((0, missing), (0, 0), (0, 0)))
     scales = np.pad(scales, ((0, missing), (0, 0)))
     packed = np.empty((len(scales) // TILE_ROWS, blocks, TILE_BYTES), np.uint8)
-    values = np.concatenate([nibbles & 0x0F, nibbles >> 4], axis=-1)
-    halves = values.reshape(-1, 2, LANES, blocks, QUADS, 4).transpose(1, 0, 3, 4, 2, 5)
+    halves = unpacked(nibbles).reshape(-1, 2, LANES, blocks, QUADS, 4).transpose(1, 0, 3, 4, 2, 5)
     packed[..., :SCALES] = (halves[0] | halves[1] << 4).reshape(*packed.shape[:2], SCALES)
     by_tile = scales.reshape(-1, TILE_ROWS, blocks).transpose(0, 2, 1)
     packed[..., SCALES:] = np.ascontiguousarray(by_tile).view(np.uint8)

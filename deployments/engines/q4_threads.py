@@ -23,6 +23,7 @@ import numpy.typing as npt
 from llvmlite import ir
 
 from cluster.ggml import BLOCK_WEIGHTS
+from deployments.engines.cache_memory import zeros
 from deployments.engines.jit import I32, I64, VOID, Code, Compiled, constant, i64
 from deployments.engines.q4_kernels import emit_product, emit_quantize
 
@@ -36,6 +37,7 @@ TICKETS, FINISHED, WAKEUPS, SLEEPERS, STOPPED = 0, 8, 16, 24, 25
 JOB = 32  # kind, shares, items of a share, items; then the arguments:
 ARGUMENTS = JOB + 4
 WEIGHTS, ACTIVATIONS, VALUES, SCALES, STARTS, RESULT, BLOCKS, ROWS, WIDTH = range(ARGUMENTS, ARGUMENTS + 9)
+WORDS = WIDTH + 1
 QUANTIZE, PRODUCT = 0, 1
 
 
@@ -47,9 +49,8 @@ class Q4Threads:
         self._threads = threads
         code = native()
         self._multiply = code.multiply
-        self._memory = np.zeros(64 * 8 + 64, np.uint8)
-        self._board = self._memory.ctypes.data + -self._memory.ctypes.data % 64
-        self._words = np.ctypeslib.as_array((ctypes.c_int64 * 64).from_address(self._board))
+        self._words = zeros(8 * WORDS).view(np.int64)
+        self._board = self._words.ctypes.data
         self._scratch: npt.NDArray[np.uint8] = np.zeros(0, np.uint8)
         workers = [
             threading.Thread(target=code.worker, args=(self._board,), daemon=True, name=THREAD_NAME)
@@ -57,7 +58,7 @@ class Q4Threads:
         ]
         for thread in workers:
             thread.start()
-        self._stop = weakref.finalize(self, _stop, code, self._board, workers, self._memory)
+        self._stop = weakref.finalize(self, _stop, code, self._board, workers, self._words)
         self._matrices: list[npt.NDArray[np.uint8]] = []
 
     def add(self, tiles: npt.NDArray[np.uint8]) -> int:
@@ -87,8 +88,8 @@ class Q4Threads:
         self._multiply(self._board, -(-rows // shares), len(tiles), -(-len(tiles) // shares))
 
 
-def _stop(code: _Native, board: int, workers: list[threading.Thread], memory: Any) -> None:
-    """The code, and the `memory` that holds the board, stay until the last worker has left them."""
+def _stop(code: _Native, board: int, workers: list[threading.Thread], words: Any) -> None:
+    """The code, and the `words` of the board, stay until the last worker has left them."""
     code.stop(board)
     for thread in workers:
         thread.join()
@@ -136,32 +137,35 @@ def _count(b: Code, board: Any, number: int, change: int) -> Any:
     return b.atomic_rmw("add", _word(b, board, number), i64(change), "seq_cst")
 
 
+def _has_tickets(b: Code, board: Any) -> Any:
+    return b.icmp_signed(">", _now(b, board, TICKETS), i64(0))
+
+
+def _is_stopped(b: Code, board: Any) -> Any:
+    return b.icmp_signed("!=", _now(b, board, STOPPED), i64(0))
+
+
 def _emit_share(module: Any, quantize: Any, product: Any) -> Any:
     """share(board): takes shares of the job and does them, until there are none."""
     b = Code(module, "share", 1)
     (board,) = b.arguments
-    again, taken, gone = (b.append_basic_block(name) for name in ("again", "taken", "gone"))
-    b.branch(again)
-    b.position_at_end(again)
-    ticket = _count(b, board, TICKETS, -1)
-    b.cbranch(b.icmp_signed(">", ticket, i64(0)), taken, gone)
-    b.position_at_end(taken)
-    kind, shares, items, all_items = (_get(b, board, JOB + number) for number in range(4))
-    begin = b.mul(b.sub(shares, ticket), items)
-    end = b.add(begin, items)
-    end = b.select(b.icmp_signed("<", end, all_items), end, all_items)
-    weights, activations, values, scales, starts, result = (
-        b.inttoptr(_get(b, board, number), board.type) for number in range(WEIGHTS, RESULT + 1)
-    )
-    blocks, rows, width = (_get(b, board, number) for number in (BLOCKS, ROWS, WIDTH))
-    with b.if_else(b.icmp_signed("==", kind, i64(QUANTIZE))) as (quantizing, multiplying):
-        with quantizing:
-            b.call(quantize, [activations, values, scales, starts, blocks, begin, end])
-        with multiplying:
-            b.call(product, [weights, values, scales, starts, result, blocks, rows, width, begin, end])
-    _count(b, board, FINISHED, 1)
-    b.branch(again)
-    b.position_at_end(gone)
+    with b.repeat() as (_, leave):
+        ticket = _count(b, board, TICKETS, -1)
+        leave(b.icmp_signed("<=", ticket, i64(0)))
+        kind, shares, items, all_items = (_get(b, board, JOB + number) for number in range(4))
+        begin = b.mul(b.sub(shares, ticket), items)
+        end = b.add(begin, items)
+        end = b.select(b.icmp_signed("<", end, all_items), end, all_items)
+        weights, activations, values, scales, starts, result = (
+            b.inttoptr(_get(b, board, number), board.type) for number in range(WEIGHTS, RESULT + 1)
+        )
+        blocks, rows, width = (_get(b, board, number) for number in (BLOCKS, ROWS, WIDTH))
+        with b.if_else(b.icmp_signed("==", kind, i64(QUANTIZE))) as (quantizing, multiplying):
+            with quantizing:
+                b.call(quantize, [activations, values, scales, starts, blocks, begin, end])
+            with multiplying:
+                b.call(product, [weights, values, scales, starts, result, blocks, rows, width, begin, end])
+        _count(b, board, FINISHED, 1)
     b.ret_void()
     return b.function
 
@@ -177,18 +181,9 @@ def _emit_start(module: Any, share: Any) -> Any:
     b.store_atomic(shares, _word(b, board, TICKETS), "seq_cst", 8)
     _emit_wake(b, board)
     b.call(share, [board])
-    wait, check, done = (b.append_basic_block(name) for name in ("wait", "check", "done"))
-    before = b.block
-    b.branch(check)
-    b.position_at_end(check)
-    turns = b.phi(I64)
-    turns.add_incoming(i64(0), before)
-    b.cbranch(b.icmp_signed("==", _now(b, board, FINISHED), shares), done, wait)
-    b.position_at_end(wait)
-    _emit_pause(b, turns)
-    turns.add_incoming(b.add(turns, i64(1)), b.block)
-    b.branch(check)
-    b.position_at_end(done)
+    with b.repeat() as (turns, leave):
+        leave(b.icmp_signed("==", _now(b, board, FINISHED), shares))
+        _emit_pause(b, turns)
     b.ret_void()
     return b.function
 
@@ -205,39 +200,28 @@ def _emit_worker(module: Any, share: Any) -> None:
     """worker(board): does shares of every job, until the board is stopped."""
     b = Code(module, "worker", 1)
     (board,) = b.arguments
-    names = ("fresh", "look", "work", "idle", "stopped", "wait", "sleep", "asleep", "awake")
-    fresh, look, work, idle, stopped, wait, sleep, asleep, awake = (b.append_basic_block(name) for name in names)
-    b.branch(fresh)
-    b.position_at_end(fresh)
-    b.branch(look)
-    b.position_at_end(look)
-    turns = b.phi(I64)
-    turns.add_incoming(i64(0), fresh)
-    b.cbranch(b.icmp_signed(">", _now(b, board, TICKETS), i64(0)), work, idle)
-    b.position_at_end(work)
-    b.call(share, [board])
-    b.branch(fresh)
-    b.position_at_end(idle)
-    b.cbranch(b.icmp_signed("==", _now(b, board, STOPPED), i64(0)), wait, stopped)
-    b.position_at_end(stopped)
+    with b.repeat() as (_, leave):
+        with b.repeat() as (turns, look_no_more):
+            look_no_more(_has_tickets(b, board))
+            look_no_more(_is_stopped(b, board))
+            _emit_pause(b, turns)
+            look_no_more(b.icmp_signed(">=", turns, i64(YIELDING - 1)))
+        leave(_is_stopped(b, board))
+        with b.if_else(_has_tickets(b, board)) as (work, sleep):
+            with work:
+                b.call(share, [board])
+            with sleep:
+                _emit_sleep(b, board)
     b.ret_void()
-    b.position_at_end(wait)
-    _emit_pause(b, turns)
-    turns.add_incoming(following := b.add(turns, i64(1)), b.block)
-    b.cbranch(b.icmp_signed("<", following, i64(YIELDING)), look, sleep)
-    b.position_at_end(sleep)
+
+
+def _emit_sleep(b: Code, board: Any) -> None:
+    """Until there is a job, or the end."""
     seen = b.trunc(_now(b, board, WAKEUPS), I32)
     _count(b, board, SLEEPERS, 1)  # from here on who publishes a job wakes this thread
-    quiet = b.and_(
-        b.icmp_signed("<=", _now(b, board, TICKETS), i64(0)), b.icmp_signed("==", _now(b, board, STOPPED), i64(0))
-    )
-    b.cbranch(quiet, asleep, awake)
-    b.position_at_end(asleep)
-    _emit_futex(b, board, FUTEX_WAIT, seen)
-    b.branch(awake)
-    b.position_at_end(awake)
+    with b.if_then(b.not_(b.or_(_has_tickets(b, board), _is_stopped(b, board)))):
+        _emit_futex(b, board, FUTEX_WAIT, seen)
     _count(b, board, SLEEPERS, -1)
-    b.branch(fresh)
 
 
 def _emit_stop(module: Any) -> None:

@@ -313,7 +313,6 @@ from pathlib import Path
 from cluster.config import OpenvinoConfig
 from deployments.engines.base import TokenRequest
 from deployments.engines.openvino import OpenvinoEngine
-from deployments.engines.openvino_probe import wants_tiles
 core = max(os.sched_getaffinity(0))
 before = set(os.listdir("/proc/self/task"))
 engine = OpenvinoEngine(Path({str(demo_artifact("bloom"))!r}), 1, 64, 2, OpenvinoConfig(), cores=[core])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cluster.isa import cpu_flags
+from deployments.engines.cache_memory import zeros
 from deployments.engines.openvino_probe import PRODUCT_FLAGS
 from deployments.engines.q4_layout import tiles
 from deployments.engines.q4_threads import SHARES, Q4Threads
@@ -43,8 +44,7 @@ def rounded(activations: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
 
 def multiplied(activations: np.ndarray, matrix: Matrix, threads: Q4Threads) -> np.ndarray:  # type: ignore[type-arg]
     packed = tiles(*matrix)
-    aligned = np.empty(packed.nbytes + 64, np.uint8)
-    aligned = aligned[-aligned.ctypes.data % 64 :][: packed.nbytes].reshape(packed.shape)
+    aligned = zeros(packed.nbytes).reshape(packed.shape)
     aligned[...] = packed
     guarded = np.full((len(activations) + 2, len(matrix[0])), 7.0, np.float32)
     threads.multiply(np.ascontiguousarray(activations, np.float32), threads.add(aligned), guarded[1:-1])
