@@ -42,7 +42,7 @@ SHARE_OF_MEMORY = 0.25
 # nibble's own products take Python's interpreter for an instant, some hundred times a step. By default another thread
 # that is busy with it (the replica's event loop) would give it back after 5 ms only.
 SWITCH_S = 0.0005
-COMPILED_AT_LOAD = 16  # tokens of a step: the kernels for more are compiled when they are needed, for some milliseconds
+COMPILED_AT_LOAD = 16  # tokens of a step: OpenVINO's kernels for more are compiled when needed, for some milliseconds
 
 
 class OpenvinoEngine:
@@ -175,9 +175,9 @@ class OpenvinoEngine:
         paged = PagedModel(weights, model, self.threads, settings)
         pool = BlockPool(self._blocks(paged.block_bytes, kv_cache))
         paged.allocate(pool.size)
-        # OpenVINO packs weights when the first step runs, for seconds, and compiles kernels when one of so many tokens
-        # does; and a damaged model fails here, not at the first request.
-        together = min(self._max_running, COMPILED_AT_LOAD, self.context)
+        # A damaged model fails here, not at the first request. OpenVINO's products pack their weights in the first step,
+        # for seconds, and have kernels for each number of tokens, which the first step of so many compiles.
+        together = min(self._max_running, COMPILED_AT_LOAD, self.context) if paged.products == "openvino" else 1
         for count in (min(self._options.step_tokens, self.context), *range(1, together + 1)):
             paged.step([Work([0] * count, 0, range(pool.size), [count - 1])])
         return paged, pool
