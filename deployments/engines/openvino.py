@@ -175,8 +175,8 @@ class OpenvinoEngine:
         paged = PagedModel(weights, model, self.threads, settings)
         pool = BlockPool(self._blocks(paged.block_bytes, kv_cache))
         paged.allocate(pool.size)
-        # A damaged model fails here, not at the first request. OpenVINO's products pack their weights in the first step,
-        # for seconds, and have kernels for each number of tokens, which the first step of so many compiles.
+        # A damaged model fails here, not at the first request. OpenVINO's products pack their weights in the first
+        # step, for seconds, and have kernels for each number of tokens, which the first step of so many compiles.
         together = min(self._max_running, COMPILED_AT_LOAD, self.context) if paged.products == "openvino" else 1
         for count in (min(self._options.step_tokens, self.context), *range(1, together + 1)):
             paged.step([Work([0] * count, 0, range(pool.size), [count - 1])])
