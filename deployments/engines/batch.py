@@ -66,10 +66,12 @@ class Batch:
 
     def drop(self, error: BaseException) -> None:
         """Ends all sequences with the error, and shares nothing of what was computed."""
-        for job in self.jobs:
-            job.handover.fail(error)
+        dropped = self.jobs
+        for job in dropped:
             self._scheduler.remove(job)
         self._scheduler.pool.forget()
+        for job in dropped:
+            job.handover.fail(error)
 
     def check_integrity(self) -> None:
         """Raises EngineError where the books do not add up."""
@@ -85,10 +87,10 @@ class Batch:
     def _receive(self, piece: Piece[Job], logits: Logits, hidden: Hidden) -> None:
         job, counters, before = piece.sequence, self.counters, piece.sequence.new_tokens
         try:
-            computed, ended = job.receive(piece, logits, hidden)
+            received = job.receive(piece, logits, hidden)
         except Exception as error:  # noqa: BLE001 - it is raised again in the task that waits for this sequence alone
-            job.handover.fail(error)
             self._scheduler.remove(job)
+            job.handover.fail(error)
             return
         if piece.last and before == 0:
             counters.reused_tokens += job.reused or 0
@@ -100,7 +102,9 @@ class Batch:
                 counters.first_token_s += time.monotonic() - job.came
         counters.generated_tokens += job.new_tokens - before
         counters.guessed_tokens += piece.guessed
-        counters.accepted_tokens += computed - (piece.start + len(piece.tokens) - piece.guessed)
-        self._scheduler.advance(job, computed)
-        if ended:
+        counters.accepted_tokens += received.computed - (piece.start + len(piece.tokens) - piece.guessed)
+        self._scheduler.advance(job, received.computed)
+        if received.ended:
             self._scheduler.remove(job)
+        # Last, as with errors: who has a request's end finds it in the counters, and what it held is free again.
+        job.handover.put(*received.results)

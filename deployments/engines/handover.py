@@ -23,11 +23,11 @@ class Handover(Generic[T]):
         self._error: BaseException | None = None
         self.cancelled = False
 
-    def put(self, item: T) -> None:
+    def put(self, *items: T) -> None:
         with self._lock:
-            self._items.append(item)
-            first = len(self._items) == 1
-        if first:
+            first = not self._items
+            self._items += items
+        if first and items:
             self._wake()
 
     def fail(self, error: BaseException) -> None:

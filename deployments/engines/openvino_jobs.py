@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,16 @@ from deployments.engines.scheduler import Piece, Running
 from deployments.sampling import Sampler, log_probabilities
 
 Hidden = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Received:
+    """From a step: `computed` tokens of the sequence are right in the cache, `results` go to who waits for them, and
+    `ended` says whether they are the last."""
+
+    computed: int
+    results: Sequence[Any]
+    ended: bool
 
 
 class Job(Running, ABC):
@@ -33,8 +44,8 @@ class Job(Running, ABC):
         """Of which of the piece's tokens logits and hidden states are needed."""
 
     @abstractmethod
-    def receive(self, piece: Piece[Job], logits: Logits, hidden: Hidden) -> tuple[int, bool]:
-        """Takes those of `rows`. Returns how many of its tokens are right in the cache, and whether it has ended."""
+    def receive(self, piece: Piece[Job], logits: Logits, hidden: Hidden) -> Received:
+        """Takes those of `rows`."""
 
 
 class GenerateJob(Job):
@@ -55,16 +66,19 @@ class GenerateJob(Job):
         count = len(piece.tokens)
         return range(count - piece.guessed - 1, count) if piece.last else ()
 
-    def receive(self, piece: Piece[Job], logits: Logits, hidden: Hidden) -> tuple[int, bool]:
+    def receive(self, piece: Piece[Job], logits: Logits, hidden: Hidden) -> Received:
         computed = piece.start + len(piece.tokens) - piece.guessed
+        drawn: list[Token] = []
         for row, guess in zip(logits, [*piece.tokens[len(piece.tokens) - piece.guessed :], None], strict=False):
-            token, ended = self._next(row)
-            if ended or token != guess:
-                return computed, ended
+            drawn.append(self._next(row))
+            if drawn[-1].finish_reason is not None:
+                return Received(computed, drawn, ended=True)
+            if drawn[-1].id != guess:
+                break
             computed += 1
-        return computed, False
+        return Received(computed, drawn, ended=False)
 
-    def _next(self, logits: Logits) -> tuple[int, bool]:
+    def _next(self, logits: Logits) -> Token:
         request = self._request
         token = self._sampler.next(logits)
         self.tokens.append(token)
@@ -73,8 +87,7 @@ class GenerateJob(Job):
         if token in request.eos_token_ids:
             reason = "stop"
         logged = log_probabilities(logits, token, request.logprobs) if request.logprobs is not None else ()
-        self.handover.put(Token(token, reason, *logged))
-        return token, reason is not None
+        return Token(token, reason, *logged)
 
 
 class ScoreJob(Job):
@@ -88,22 +101,18 @@ class ScoreJob(Job):
     def rows(self, piece: Piece[Job]) -> Sequence[int]:
         return range(len(piece.tokens))
 
-    def receive(self, piece: Piece[Job], logits: Logits, hidden: Hidden) -> tuple[int, bool]:
+    def receive(self, piece: Piece[Job], logits: Logits, hidden: Hidden) -> Received:
         for position, row in enumerate(logits, piece.start + 1):
             # Where it had to give its blocks up, positions come a second time.
             if position == len(self._scored) < len(self.tokens):
                 token = self.tokens[position]
                 self._scored.append(Token(token, None, *log_probabilities(row, token, self._logprobs)))
-        if piece.last:
-            self.handover.put(self._scored)
-        return piece.start + len(piece.tokens), piece.last
+        return Received(piece.start + len(piece.tokens), [self._scored] if piece.last else [], piece.last)
 
 
 class EmbedJob(Job):
     def rows(self, piece: Piece[Job]) -> Sequence[int]:
         return (len(piece.tokens) - 1,) if piece.last else ()
 
-    def receive(self, piece: Piece[Job], logits: Logits, hidden: Hidden) -> tuple[int, bool]:
-        if piece.last:
-            self.handover.put(hidden[-1].tolist())
-        return piece.start + len(piece.tokens), piece.last
+    def receive(self, piece: Piece[Job], logits: Logits, hidden: Hidden) -> Received:
+        return Received(piece.start + len(piece.tokens), [hidden[-1].tolist()] if piece.last else [], piece.last)
