@@ -25,6 +25,7 @@ from deployments.engines.openvino_probe import wants_tiles
 from deployments.engines.paged_cache import BLOCK_TOKENS
 from deployments.engines.paged_model import PagedModel
 from deployments.engines.q4_threads import THREAD_NAME
+from tests.integration.slow_mask import SlowMask
 
 Artifact = Callable[[FamilyName], Path]
 CONTEXT, TOKENS = 256, 24
@@ -139,7 +140,7 @@ async def test_what_cannot_be_served_is_refused(
 
 async def test_closing_a_stream_stops_it_and_nothing_else(llama: Callable[..., OpenvinoEngine]) -> None:
     engine = llama()
-    stream = engine.generate(TokenRequest(prompt(1), 200, GREEDY))
+    stream = engine.generate(TokenRequest(prompt(1), 200, GREEDY, mask=SlowMask()))
     await anext(stream)
     other = asyncio.create_task(ids(engine, TokenRequest(prompt(2), 60, GREEDY)))
     await stream.aclose()
@@ -268,7 +269,9 @@ async def test_a_mask_that_fails_fails_its_own_sequence_alone(llama: Callable[..
 
 async def test_closing_the_engine_ends_what_runs_and_what_comes_later(demo_artifact: Artifact) -> None:
     engine = OpenvinoEngine(demo_artifact("llama"), 1, CONTEXT, 2, PRECISE)
-    streams = [asyncio.create_task(ids(engine, TokenRequest(prompt(i), 200, GREEDY))) for i in range(4)]
+    streams = [
+        asyncio.create_task(ids(engine, TokenRequest(prompt(i), 200, GREEDY, mask=SlowMask()))) for i in range(4)
+    ]
     await asyncio.sleep(0.05)
     await asyncio.to_thread(engine.close)
     for stream in streams:
