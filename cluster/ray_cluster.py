@@ -64,6 +64,9 @@ def serve_environment(folder: Path) -> dict[str, str]:
         # Seconds. Ten times a second, as it is by default, Serve's controller has nothing to do on one node, and takes
         # a thirtieth of a core for it.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        # Seconds. Ray's log monitor looks for new log files ten times a second where there are not more than so many.
+        "LOG_NAME_UPDATE_INTERVAL_S": "5",
+        "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
     }
 
 

@@ -32,7 +32,7 @@ class Sandbox:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         return {**inherited, **own, **self.extra}
 
-    def run(self, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*NIBBLE, *arguments],
             capture_output=True,

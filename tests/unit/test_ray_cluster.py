@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import subprocess
 import sys
@@ -44,6 +45,17 @@ def test_a_cluster_s_replicas_have_ports_of_their_own(tmp_path: Path) -> None:
     assert {first, first + REPLICA_PORTS - 1} <= set(UNCLAIMED_PORTS)
     fallback = [int(environment[f"RAY_SERVE_FALLBACK_PROXY_{name}_PORT"]) for name in ("HTTP", "GRPC")]
     assert len({*fallback, first}) == 3
+
+
+def test_rays_log_monitor_does_not_look_for_files_all_the_time(tmp_path: Path) -> None:
+    """It reads the settings when it is imported."""
+    program = (
+        "import time; from ray._private.log_monitor import LogMonitor; monitor = LogMonitor.__new__(LogMonitor);"
+        " monitor.log_filenames = set(); print([monitor.should_update_filenames(time.time() - s) for s in (1, 6)])"
+    )
+    for settings, looks in ({}, [True, True]), (serve_environment(tmp_path), [False, True]):
+        command, variables = [sys.executable, "-c", program], {**os.environ, **settings}
+        assert subprocess.run(command, env=variables, capture_output=True, text=True).stdout == f"{looks}\n"
 
 
 def test_a_block_with_a_port_in_use_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
