@@ -52,12 +52,13 @@ class GrpcClient:
 
 def reply_of(received: list[tuple[float, bytes]], end: float) -> Reply:
     chunks: list[float] = []
+    reasons: list[float] = []
     usage: Any = None
     for time, data in received:
         message = pb.GenerateStreamResponse.FromString(data)
         usage = message.usage if message.HasField("usage") else usage
-        if message.choice.text or not message.choice.finish_reason:
-            chunks.append(time)
+        (chunks if message.choice.text or not message.choice.finish_reason else reasons).append(time)
+    chunks = chunks or reasons  # the only token was one that ends
     if not chunks:
         return Reply((), end, failure=Failure("stream", "held no token"))
     counts = (usage.prompt_tokens, usage.completion_tokens) if usage is not None else (None, None)

@@ -84,6 +84,7 @@ def reply_of(answer: Answer, end: float) -> Reply:
 def reply_of_events(found: Iterable[tuple[float, bytes]], end: float) -> Reply:
     """Raises ValueError, KeyError, TypeError or AttributeError for events that are no completion's."""
     chunks: list[float] = []
+    reasons: list[float] = []
     usage: dict[str, Any] = {}
     done = False
     for time, data in found:
@@ -95,8 +96,9 @@ def reply_of_events(found: Iterable[tuple[float, bytes]], end: float) -> Reply:
             return Reply(tuple(chunks), end, failure=Failure("stream", error_message(data)))
         usage = event.get("usage") or usage
         # The last one of some servers has no token of its own, only the reason for the end.
-        if any(choice.get("text") or not choice.get("finish_reason") for choice in event.get("choices", ())):
-            chunks.append(time)
+        for choice in event.get("choices", ()):
+            (chunks if choice.get("text") or not choice.get("finish_reason") else reasons).append(time)
+    chunks = chunks or reasons  # the only token was one that ends
     failure = None
     if not done:
         failure = Failure("stream", "broke off before [DONE]")

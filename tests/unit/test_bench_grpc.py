@@ -97,6 +97,7 @@ def test_messages_that_stand_for_tokens_are_the_chunks() -> None:
     messages = [pb.GenerateStreamResponse(choice=pb.Choice(text=t, finish_reason=reason)) for t, reason in texts]
     received = [(float(n), message.SerializeToString()) for n, message in enumerate(messages)]
     assert reply_of(received, 9.0) == Reply((0.0, 1.0), 9.0)
+    assert reply_of(received[2:], 9.0) == Reply((2.0,), 9.0)
     assert reply_of([], 9.0).failure == Failure("stream", "held no token")
 
 

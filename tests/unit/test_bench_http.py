@@ -95,6 +95,7 @@ def test_chunks_are_the_events_that_stand_for_tokens() -> None:
     texts = event("a"), event(""), event("", "length"), usage_event(4, 3), "data: [DONE]\n\n"
     assert reply_to(*texts) == Reply((0.0, 1.0), 9.0, 4, 3)
     assert reply_to(event("a", "stop"), "data: [DONE]\n\n") == Reply((0.0,), 9.0)
+    assert reply_to(event("", "stop"), usage_event(4, 1), "data: [DONE]\n\n") == Reply((0.0,), 9.0, 4, 1)
 
 
 @pytest.mark.parametrize(
