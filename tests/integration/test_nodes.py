@@ -32,7 +32,8 @@ def nodes(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     count: int = request.param
     with sandbox() as home, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", str(home.ray_tmpdir))
-        head = {"num_cpus": 1, "include_dashboard": False, "_system_config": NOTICED_SOON}
+        # A copy: Ray adds to it where this cluster spills objects, and would let the next one spill there, too.
+        head = {"num_cpus": 1, "include_dashboard": False, "_system_config": dict(NOTICED_SOON)}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             for number in range(2, count + 1):
