@@ -57,7 +57,10 @@ def reply_of(received: list[tuple[float, bytes]], end: float) -> Reply:
     for time, data in received:
         message = pb.GenerateStreamResponse.FromString(data)
         usage = message.usage if message.HasField("usage") else usage
-        (chunks if message.choice.text or not message.choice.finish_reason else reasons).append(time)
+        if message.choice.text or not message.choice.finish_reason:
+            chunks.append(time)
+        else:
+            reasons.append(time)
     chunks = chunks or reasons  # the only token was one that ends
     if not chunks:
         return Reply((), end, failure=Failure("stream", "held no token"))

@@ -96,8 +96,11 @@ def reply_of_events(found: Iterable[tuple[float, bytes]], end: float) -> Reply:
             return Reply(tuple(chunks), end, failure=Failure("stream", error_message(data)))
         usage = event.get("usage") or usage
         # The last one of some servers has no token of its own, only the reason for the end.
-        for choice in event.get("choices", ()):
-            (chunks if choice.get("text") or not choice.get("finish_reason") else reasons).append(time)
+        choices = event.get("choices", ())
+        if any(choice.get("text") or not choice.get("finish_reason") for choice in choices):
+            chunks.append(time)
+        elif choices:
+            reasons.append(time)
     chunks = chunks or reasons  # the only token was one that ends
     failure = None
     if not done:

@@ -70,13 +70,12 @@ class GenerateJob(Job):
         computed = piece.start + len(piece.tokens) - piece.guessed
         drawn: list[Token] = []
         for row, guess in zip(logits, [*piece.tokens[len(piece.tokens) - piece.guessed :], None], strict=False):
-            drawn.append(self._next(row))
-            if drawn[-1].finish_reason is not None:
-                return Received(computed, drawn, ended=True)
-            if drawn[-1].id != guess:
+            token = self._next(row)
+            drawn.append(token)
+            if token.finish_reason or token.id != guess:
                 break
             computed += 1
-        return Received(computed, drawn, ended=False)
+        return Received(computed, drawn, any(token.finish_reason for token in drawn))
 
     def _next(self, logits: Logits) -> Token:
         request = self._request

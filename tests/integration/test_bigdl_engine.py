@@ -192,7 +192,8 @@ async def test_closing_a_stream_stops_the_engine_before_its_next_token(engine: B
     engine.check_integrity()  # waits until the worker is free
     after = engine.info()
     assert int(after["cancelled"]) == int(before["cancelled"]) + 1
-    assert len(first) <= int(after["generated_tokens"]) - int(before["generated_tokens"]) < 130
+    # What was handed over, what was ready when the stream was closed, and at most the token in the making.
+    assert int(after["generated_tokens"]) - int(before["generated_tokens"]) <= len(first) + 20
     assert len(await collect(engine, TokenRequest(ids(8, 20), 3, GREEDY))) == 3
 
 

@@ -96,6 +96,8 @@ def test_chunks_are_the_events_that_stand_for_tokens() -> None:
     assert reply_to(*texts) == Reply((0.0, 1.0), 9.0, 4, 3)
     assert reply_to(event("a", "stop"), "data: [DONE]\n\n") == Reply((0.0,), 9.0)
     assert reply_to(event("", "stop"), usage_event(4, 1), "data: [DONE]\n\n") == Reply((0.0,), 9.0, 4, 1)
+    two = 'data: {"choices": [{"text": "a"}, {"text": "b"}]}\n\n'
+    assert reply_to(two, "data: [DONE]\n\n") == Reply((0.0,), 9.0)
 
 
 @pytest.mark.parametrize(
