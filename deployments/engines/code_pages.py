@@ -10,10 +10,12 @@ not a byte.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import mmap
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +27,31 @@ MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 
 
 def scatter_code() -> int:
-    """Of this process, what is executable and from no file. Other threads may run it meanwhile; none may compile.
-    Returns how many pages were moved: fewer where the system refuses memory that is writable and executable."""
+    """Of this process, what is executable and from no file. Other threads may run it meanwhile; none may compile, or
+    free what was compiled. Returns how many pages were moved: fewer where the system refuses memory that is writable
+    and executable."""
     moved = 0
-    for start, end in compiled_code(Path("/proc/self/maps").read_text().splitlines()):
-        try:
-            moved += scatter(start, end - start)
-        except OSError as error:
-            logger.info("compiled code stays where it is: %s", error.strerror)
-            break
+    with no_collector():
+        for start, end in compiled_code(Path("/proc/self/maps").read_text().splitlines()):
+            try:
+                moved += scatter(start, end - start)
+            except OSError as error:
+                logger.info("compiled code stays where it is: %s", error.strerror)
+                break
     return moved
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Python's collector of reference cycles waits: it would free the code of a model that is no more, be it between
+    two lines of `scatter`."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def compiled_code(maps: Iterable[str]) -> Iterator[tuple[int, int]]:

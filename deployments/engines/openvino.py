@@ -143,6 +143,8 @@ class OpenvinoEngine:
         self._worker.shutdown(wait=True)
         self._batch.drop(closed_error())
         del self._batch, self._populating
+        for model in self._models:
+            model.close()
 
     def _load(self, folder: Path, draft: Path | None) -> Batch:
         # Before OpenVINO starts its threads: they inherit the mask of this one.
@@ -151,16 +153,16 @@ class OpenvinoEngine:
         paged, self._pool = self._model(folder, "this model", options.kv_cache)
         self.vocab_size = paged.vocab_size
         self._settings, self._products = paged.settings, paged.products
-        models = [paged]
+        self._models = [paged]
         guesser: Guesser | None = PromptLookup(options.prompt_lookup) if options.prompt_lookup else None
         if draft and options.draft:
             drafting, pool = self._model(draft, "its draft model", settings=self._settings)
-            models.append(drafting)
+            self._models.append(drafting)
             guesser = DraftModel(drafting, pool, options.draft.tokens, options.step_tokens, self.vocab_size)
         scatter_code()
         if paged.products == "nibble":
             sys.setswitchinterval(SWITCH_S)
-        self._populating = chain.from_iterable(model.populate() for model in models)
+        self._populating = chain.from_iterable(model.populate() for model in self._models)
         return Batch(paged, Scheduler(self._pool, options.step_tokens, self._max_running, guesser))
 
     def _model(

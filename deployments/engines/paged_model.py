@@ -72,16 +72,15 @@ class PagedModel:
         self.settings = settings
         self.products = "nibble" if weights.in_tiles else "openvino"  # whose they are, with most matrices
         self.vocab_size = model.vocabulary
+        self._memory: list[Cache] = []
         try:
             products = Q4Threads(threads) if weights.in_tiles else None
-            if products:
-                weakref.finalize(self, products.end)
+            self._end_products = weakref.finalize(self, products.end) if products else None
             graph = build_graph(weights, model, products, layers)
             compiled = ov.Core().compile_model(graph, "CPU", settings.properties(threads))
             self._request = compiled.create_infer_request()
         except RuntimeError as error:
             raise EngineError(f"OpenVINO cannot compile the model: {error}") from error
-        self._memory: list[Cache] = []
         self._caches = {
             port.get_any_name(): port for port in compiled.inputs if port.get_any_name().startswith(("key_", "value_"))
         }
@@ -103,6 +102,15 @@ class PagedModel:
             sizes = ov.Shape([blocks, *(shape[i].get_length() for i in range(1, 4))])
             self._memory.append(zeros(int(np.prod(sizes)) * port.get_element_type().size))
             self._request.set_tensor(name, ov.Tensor(self._memory[-1], sizes, port.get_element_type()))
+
+    def close(self) -> None:
+        """Frees the compiled graph and the KV cache, whoever still holds the model, as the traceback of a step that
+        failed does until Python's collector comes. No step can follow."""
+        del self._request, self._caches  # a cache's port holds the graph, too
+        if self._end_products:
+            self._end_products()
+        self._memory.clear()
+        del self._weights
 
     def populate(self) -> Iterator[None]:
         """Gets the cache's memory from the kernel, some milliseconds at a time."""

@@ -7,6 +7,7 @@ import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -251,6 +252,24 @@ async def test_a_step_that_fails_fails_its_sequences_and_the_engine_goes_on(
         with pytest.raises(EngineError, match="OpenVINO failed"):
             await ids(engine, TokenRequest(prompt(4), 5, GREEDY))
     assert await ids(engine, TokenRequest(prompt(4), 5, GREEDY)) == expected
+
+
+async def test_closing_frees_the_memory_at_once_also_after_a_step_that_failed(
+    demo_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise EngineError("OpenVINO failed")
+
+    engine = OpenvinoEngine(demo_artifact("llama"), 1, CONTEXT, 2, PRECISE)
+    cache = weakref.ref(engine._batch._model._memory[0])
+    request = weakref.ref(engine._batch._model._request)
+    monkeypatch.setattr(PagedModel, "step", fail)
+    with pytest.raises(EngineError, match="OpenVINO failed") as error:
+        await ids(engine, TokenRequest(prompt(4), 5, GREEDY))
+    engine.close()
+    assert cache() is None
+    assert request() is None
+    assert error.traceback  # it holds the model, as a log might
 
 
 async def test_a_mask_that_fails_fails_its_own_sequence_alone(llama: Callable[..., OpenvinoEngine]) -> None:

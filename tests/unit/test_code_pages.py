@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import platform
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
+from deployments.engines import code_pages
 from deployments.engines.code_pages import compiled_code, scatter, scatter_code
 
 SIZE = 64 * mmap.PAGESIZE
@@ -46,6 +49,29 @@ def test_the_code_of_this_process_is_found() -> None:
     with code() as (start, _):
         assert scatter_code() >= SIZE // mmap.PAGESIZE // 2
         assert called(start, 2, 5) == 7
+
+
+def test_the_collector_frees_no_code_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it freed an earlier engine's code while pages of it were about to be moved: a segmentation fault."""
+
+    class Ring:
+        def __init__(self) -> None:
+            self.ring = self
+
+    alive = []
+
+    def scatter_amid_garbage(start: int, size: int) -> int:
+        garbage = weakref.ref(Ring())
+        assert len([[] for _ in range(100_000)]) == 100_000  # so many new objects bring the collector
+        alive.append(garbage() is not None)
+        return scatter(start, size)
+
+    monkeypatch.setattr(code_pages, "scatter", scatter_amid_garbage)
+    with code():
+        scatter_code()
+    assert alive
+    assert all(alive)
+    assert gc.isenabled()
 
 
 def test_what_cannot_be_moved_stays_as_it_is() -> None:
