@@ -35,9 +35,10 @@ class GrpcConfig(Record):
 
 class ArtifactsConfig(Record):
     """`cache_dir`: each node's own cache of artifacts, one folder an artifact. `cache_size`: what they may take
-    together (such as 50GB), the least recently used go first; null is no bound. `durable_uri`: where artifacts are kept
-    beyond the cluster's life, any fsspec URI (file://, s3://, gs://). `shard_size`: of a conversion task's output; a
-    task needs at most four times as much memory as its shard has fp16 weights."""
+    together (such as 50GB), with what engines derive from them; the least recently used go first; null is no bound.
+    `durable_uri`: where artifacts are kept beyond the cluster's life, any fsspec URI (file://, s3://, gs://).
+    `shard_size`: of a conversion task's output; a task needs at most four times as much memory as its shard has fp16
+    weights."""
 
     cache_dir: Annotated[Path, Field(validate_default=True)] = Path("~/.cache/nibble")
     cache_size: Annotated[ByteSize, Field(gt=0)] | None = None

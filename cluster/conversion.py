@@ -56,5 +56,5 @@ def check_task(draft: Manifest, files: dict[str, bytes], chunks: Sequence[Any], 
         manifest = draft.model_copy(update={"sha256": sha256})
         complete(staging, manifest, files)
         with cache.locked(manifest.artifact_id):
-            cache.admit(staging, manifest)
+            cache.admit(staging, manifest).release()
     return manifest

@@ -54,8 +54,7 @@ def convert_to_cache(wanted: Wanted, config: ArtifactsConfig, display: Conversio
     with Staging(cache.folder, found.artifact_id) as staging:
         manifest = make_artifact(staging, wanted.source, found, display)
         with cache.locked(found.artifact_id):
-            cache.admit(staging, manifest)
-            return cache.use(found.artifact_id)
+            return cache.admit(staging, manifest)
 
 
 def find_or_plan(

@@ -60,47 +60,61 @@ class NodeCache:
         content does not fit the manifest or cannot be written, and leaves nothing behind then.
         """
         with self.locked(manifest.artifact_id):
-            if not self.holds(manifest):
+            artifact = self._held(manifest)
+            if artifact is None:
                 with Staging(self.folder, manifest.artifact_id) as staging:
                     binary_sha256 = write_binary(staging / manifest.binary, manifest, read_chunk)
                     write_files(staging, files)
                     check_digest(f"{manifest.binary} of {manifest.artifact_id}", binary_sha256, manifest.sha256)
-                    self.admit(staging, manifest)
-            return self.use(manifest.artifact_id)
+                    artifact = self.admit(staging, manifest)
+            return artifact
 
     def cached(self, artifact_id: str) -> CachedArtifact | None:
         """The artifact if this node has it undamaged, without anybody else being asked."""
         with self.locked(artifact_id):
             manifest = next((each for each in self.manifests() if each.artifact_id == artifact_id), None)
-            return self.use(artifact_id) if manifest is not None and self.holds(manifest) else None
+            return None if manifest is None else self._held(manifest)
 
     def locked(self, artifact_id: str) -> FileLock:
         """One process of the node at a time changes what is under an artifact's name."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return FileLock(self.folder / f"{artifact_id}.lock")
 
-    def admit(self, staging: Path, manifest: Manifest) -> None:
-        """Renames a complete staging folder to the artifact's name and makes room for it. Call under the lock."""
-        publish_folder(staging, self.folder / manifest.artifact_id, manifest)
-        self.evict(keep=manifest.artifact_id)
+    def admit(self, staging: Path, manifest: Manifest) -> CachedArtifact:
+        """Renames a complete staging folder to the artifact's name and makes room for it. It is in use before it has
+        that name, so that no other process evicts it. Call under the lock."""
+        artifact = self.use(manifest.artifact_id)
+        try:
+            publish_folder(staging, artifact.folder, manifest)
+            touch(artifact.folder)
+            self.evict()
+        except BaseException:
+            artifact.release()
+            raise
+        return artifact
 
     def use(self, artifact_id: str) -> CachedArtifact:
         """Marks the artifact as used now, and as in use until the result is released. Call under the lock."""
         folder = self.folder / artifact_id
         use_lock = os.open(self.folder / f"{artifact_id}.use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         fcntl.flock(use_lock, fcntl.LOCK_SH)
-        os.utime(folder, ns=(time.time_ns(),) * 2)  # the kernel's own clock for it ticks every few milliseconds
+        touch(folder)
         return CachedArtifact(folder, use_lock)
 
-    def evict(self, keep: str) -> None:
-        """Removes the least recently used artifacts, those in use and `keep` excepted, until the bound is kept."""
+    def evict(self) -> None:
+        """Removes the least recently used artifacts, those in use excepted, until the bound is kept. Call it, too, once
+        an engine has derived files of its own in an artifact's folder."""
         if self._max_bytes is None:
             return
-        sizes = {m.artifact_id: folder_bytes(self.folder / m.artifact_id) for m in self.manifests()}
-        total = sum(sizes.values())
-        for artifact_id in sorted(sizes, key=lambda each: (self.folder / each).stat().st_mtime):
-            if total > self._max_bytes and artifact_id != keep and self.remove(artifact_id):
-                total -= sizes[artifact_id]
+        found = []
+        for manifest in self.manifests():
+            folder = self.folder / manifest.artifact_id
+            with contextlib.suppress(FileNotFoundError):  # another process has just evicted it
+                found.append((folder.stat().st_mtime_ns, manifest.artifact_id, folder_bytes(folder)))
+        total = sum(size for *_, size in found)
+        for _, artifact_id, size in sorted(found):
+            if total > self._max_bytes and self.remove(artifact_id):
+                total -= size
 
     def remove(self, artifact_id: str) -> bool:
         """Whether the artifact is gone; not while a process of the node uses it."""
@@ -108,7 +122,7 @@ class NodeCache:
         try:
             fcntl.flock(use_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Under another name first: a folder under its final name is whole.
-            with Staging(self.folder, artifact_id) as staging:
+            with Staging(self.folder, artifact_id) as staging, contextlib.suppress(FileNotFoundError):
                 (self.folder / artifact_id).rename(staging / "removed")
         except BlockingIOError:
             return False
@@ -136,6 +150,14 @@ class NodeCache:
             return all(file_sha256(target / name) == sha256 for name, sha256 in expected.items())
         except (OSError, ValueError):
             return False
+
+    def _held(self, manifest: Manifest) -> CachedArtifact | None:
+        """In use before its bytes are looked at. None where this node has it not, or damaged."""
+        artifact = self.use(manifest.artifact_id)
+        if self.holds(manifest):
+            return artifact
+        artifact.release()
+        return None
 
     def check_integrity(self) -> None:
         """Raises ArtifactError where a folder under a final name is not whole, or a staging folder was left behind."""
@@ -240,5 +262,15 @@ def publish_folder(staging: Path, target: Path, manifest: Manifest) -> None:
     os.replace(staging, target)
 
 
+def touch(folder: Path) -> None:
+    """By the nanosecond; the kernel's own clock for it ticks every few milliseconds."""
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(folder, ns=(time.time_ns(),) * 2)
+
+
 def folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+    total = 0
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # one that was being written has its final name now
+            total += path.stat().st_size
+    return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from cluster.config import ArtifactsConfig, ModelConfig
 from cluster.errors import EngineError
 from cluster.families import FamilyName
 from cluster.isa import available_cores
+from cluster.node_cache import NodeCache
 from cluster.wanted import Wanted
 from deployments.chat import Conversation
 from deployments.cores import CoreClaim, claim_cores
@@ -51,6 +53,8 @@ class Replica:
             self._tokenizer.require_same_tokens(Tokenizer(draft), f"{model.name}: openvino.draft.checkpoint")
         self._claim = own_cores(artifacts.cache_dir / "cores", model.threads)
         self._engine = load_engine(model, folders, self._claim.cores if self._claim else None)
+        # Now that the engine has what it derives beside its artifact.
+        await asyncio.to_thread(NodeCache(artifacts.cache_dir, artifacts.cache_size).evict)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         async for chunk in generate_text(self._engine, self._tokenizer, request):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import httpx
 
+from cluster.manifest import Manifest
+from cluster.node_cache import folder_bytes
 from cluster.ray_cluster import free_ports
 from tests.integration.processes import Sandbox, sandbox, serving
 
@@ -70,6 +72,19 @@ def test_a_served_artifact_is_kept_durably_and_survives_damage_and_a_restart(tmp
         assert verified.returncode == 0, verified.stderr  # the damaged copy in the cache was replaced
         assert json.loads((cached(home) / "manifest.json").read_text())["sha256"] == made
         assert (kept / "manifest.json").stat().st_mtime_ns == written  # nor was the durable copy written again
+
+
+def test_what_an_engine_derives_beside_its_artifact_counts_against_the_cache_size() -> None:
+    with sandbox() as home:
+        for family in ("bloom", "llama"):
+            home.run("pipeline", "--model-family", family, "--repo-id-or-model-path", f"builtin:{family}")
+        folders = [manifest.parent for manifest in home.home.glob(".cache/nibble/artifacts/*/manifest.json")]
+        both = sum(map(folder_bytes, folders))  # they fit; with what the engine derives from one of them they do not
+        model = "{name: llama, family: llama, checkpoint: 'builtin:llama', engine: openvino, threads: 1}"
+        config = f"artifacts: {{cache_size: {both + 1000}}}\nmodels:\n- {model}\n"
+        with serving(home, config, *free_ports(2)):
+            assert Manifest.read(cached(home)).family == "llama"
+            assert list(cached(home).glob("openvino-*.bin"))
 
 
 def test_a_durable_uri_that_cannot_be_written_is_told(tmp_path: Path) -> None:

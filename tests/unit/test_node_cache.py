@@ -5,13 +5,16 @@ import hashlib
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cluster import node_cache
 from cluster.errors import ArtifactError
 from cluster.manifest import ChunkEntry, Manifest
-from cluster.node_cache import NodeCache, Staging, folder_bytes
+from cluster.node_cache import NodeCache, Staging, folder_bytes, publish_folder
 
 CHUNKS = [b"head and first tensors", b"the other tensors"]
 FILES = {"config.json": b"{}"}
@@ -176,6 +179,48 @@ def test_an_artifact_in_use_is_never_evicted(tmp_path: Path, manifest: Manifest)
     in_use.release()
     assert cache.remove("a1")
     assert names(cache) == ["a3"]
+
+
+def test_what_an_engine_has_derived_from_an_artifact_counts(tmp_path: Path, manifest: Manifest) -> None:
+    fetch_and_release(NodeCache(tmp_path), manifest)
+    size = folder_bytes(tmp_path / "artifacts" / "a1")
+    cache = NodeCache(tmp_path, max_bytes=2 * size + 100)
+    in_use = cache.fetch(other(manifest, "a2"), FILES, Chunks())
+    assert names(cache) == ["a1", "a2"]
+    (in_use.folder / "openvino-1.bin").write_bytes(bytes(200))
+    cache.evict()
+    assert names(cache) == ["a2"]
+
+
+def test_an_artifact_is_in_use_before_it_has_its_name(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def publish(*arguments: Any) -> None:
+        publish_folder(*arguments)
+        NodeCache(tmp_path, max_bytes=1).evict()  # as another process might at this instant
+
+    monkeypatch.setattr(node_cache, "publish_folder", publish)
+    assert (NodeCache(tmp_path).fetch(manifest, FILES, Chunks()).folder / "config.json").is_file()
+
+
+def test_processes_that_evict_at_once_do_each_other_no_harm(tmp_path: Path, manifest: Manifest) -> None:
+    """Threads here; what they share is the folder and its locks alone."""
+
+    def fetch(number: int) -> None:
+        for turn in range(60):
+            cache = NodeCache(tmp_path, max_bytes=3000)
+            artifact = cache.fetch(other(manifest, f"a{(number + turn) % 6}"), FILES, Chunks())
+            (artifact.folder / f"{number}.new").write_bytes(b"derived")
+            (artifact.folder / f"{number}.new").rename(artifact.folder / f"{number}.bin")
+            cache.evict()
+            assert Manifest.read(artifact.folder).artifact_id == artifact.folder.name
+            artifact.release()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(fetch, range(4)))
+    NodeCache(tmp_path, max_bytes=1).evict()
+    NodeCache(tmp_path).check_integrity()
+    assert names(NodeCache(tmp_path)) == []
 
 
 def test_an_artifact_that_another_process_uses_is_not_removed(tmp_path: Path, manifest: Manifest) -> None:
