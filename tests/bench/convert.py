@@ -155,11 +155,15 @@ def main() -> None:
 
 
 def compare(checkpoint: Path, given: argparse.Namespace, scratch: Path) -> None:
+    started = time.perf_counter()
     plan = plan_conversion(checkpoint, given.family, shard_bytes=given.shard_size)
+    planning = time.perf_counter() - started
     table = Table(
         "", "seconds", "peak memory, all", "not of files", "one task + its result", "of its fp16", "written to disk"
     )
-    table.title = f"{plan.family}, {plan.bytes / 1e6:.0f} MB of INT4, {os.cpu_count()} cores"
+    table.title = (
+        f"{plan.family}, {plan.bytes / 1e6:.0f} MB of INT4, planned in {planning:.2f} s, {os.cpu_count()} cores"
+    )
 
     def add(name: str, runs: list[Measured], shards: ConversionPlan | None) -> Measured:
         best = min(runs, key=lambda run: run.seconds)

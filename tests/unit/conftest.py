@@ -1,4 +1,4 @@
-"""Fixtures for the tests that ask a Hub."""
+"""Fixtures for the tests of the APIs, which answer with echoes, and for those that ask a Hub."""
 
 from __future__ import annotations
 
@@ -7,9 +7,22 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.utils import close_session
+from starlette.testclient import TestClient
 
 from tests.hub_lookalike import HubLookalike
+from tests.unit.fakes import EchoModel
+from tests.unit.http_fakes import client_of
 from tests.unit.hub_client import point_at
+
+
+@pytest.fixture
+def model() -> EchoModel:
+    return EchoModel()
+
+
+@pytest.fixture
+def client(model: EchoModel) -> TestClient:
+    return client_of(model)
 
 
 @pytest.fixture

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import grpc
 import httpx
 import pytest
 import uvicorn
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 
 from cluster.config import AuthConfig, LimitsConfig, LoggingConfig
 from cluster.errors import (
@@ -35,112 +33,18 @@ from deployments.access import Access
 from deployments.calls import Calls
 from deployments.client import AsyncNibbleClient, NibbleClient
 from deployments.client_grpc import put_options
-from deployments.client_http import EventDecoder, response_error
+from deployments.client_http import response_error
 from deployments.client_records import TokenLogprob
 from deployments.http_api import build_http_api
 from deployments.router import Router
-from deployments.status import STATUSES, headers_of, openai_error, status_of
+from deployments.status import STATUSES, openai_error
 from protos import inference_pb2 as pb
-from protos.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
+from protos.inference_pb2_grpc import add_InferenceServicer_to_server
+from tests.unit.echo_servicer import Health, Servicer
 from tests.unit.fakes import EchoModel
 
 PROMPT = "to be or not"
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
-
-
-class Servicer(InferenceServicer):
-    """Echoes words as EchoModel does; raises `error` instead, in a stream after the first word."""
-
-    def __init__(self) -> None:
-        self.error: NibbleError | None = None
-        self.requests: list[Any] = []
-        self.metadata: dict[str, str] = {}
-        self.left = threading.Event()
-
-    def _begin(self, request: Any, context: Any) -> list[str]:
-        self.requests.append(request)
-        self.metadata = dict(context.invocation_metadata())
-        context.set_trailing_metadata([("x-request-id", self.metadata.get("x-request-id", "made"))])
-        chat = request.WhichOneof("input") == "chat"
-        return list((request.chat.messages[-1].content if chat else request.prompt).split())
-
-    def _fail(self, context: Any) -> None:
-        if self.error is not None:
-            hints = [(name.lower(), value) for name, value in headers_of(self.error).items()]
-            context.set_trailing_metadata(hints)
-            context.abort(status_of(self.error).grpc, str(self.error))
-
-    def _choice(self, request: Any, words: list[str], start: int, last: bool) -> Any:
-        text, offset, logged = "", 0, []
-        for index, word in enumerate(words, start):
-            top = [pb.TopLogprob(id=0, token=b"zero", logprob=-1.0)][: request.logprobs]
-            logged.append(
-                pb.TokenLogprob(id=index, token=f"{word} ".encode(), logprob=-0.5, top=top, text_offset=offset)
-            )
-            text += word + " "
-            offset += len(word) + 1
-        return pb.Choice(
-            index=0,
-            text=text,
-            finish_reason="stop" if last else None,
-            logprobs=logged if request.HasField("logprobs") else (),
-        )
-
-    def Generate(self, request: Any, context: Any) -> Any:  # noqa: N802
-        words = self._begin(request, context)
-        self._fail(context)
-        usage = pb.Usage(prompt_tokens=len(words), completion_tokens=len(words), total_tokens=2 * len(words))
-        return pb.GenerateResponse(
-            id="made", model=request.model, choices=[self._choice(request, words, 0, True)], usage=usage
-        )
-
-    def GenerateStream(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802
-        words = self._begin(request, context)
-        context.add_callback(self.left.set)
-        for index, word in enumerate(words):
-            last = index == len(words) - 1
-            usage = pb.Usage(prompt_tokens=len(words), completion_tokens=len(words), total_tokens=2 * len(words))
-            yield pb.GenerateStreamResponse(
-                id="made",
-                model=request.model,
-                choice=self._choice(request, [word], index, last),
-                usage=usage if last else None,
-            )
-            if words[0] == "endless":
-                self.left.wait(30)
-            self._fail(context)
-
-    def Tokenize(self, request: Any, context: Any) -> Any:  # noqa: N802
-        words = self._begin(request, context)
-        return pb.TokenizeResponse(
-            tokens=[1] * request.add_special_tokens + [len(word) for word in words], max_model_len=512
-        )
-
-    def Detokenize(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return pb.DetokenizeResponse(prompt=" ".join("x" * id for id in request.tokens))
-
-    def Embed(self, request: Any, context: Any) -> Any:  # noqa: N802
-        counts = [len(each.text.split()) or len(each.tokens.ids) for each in request.inputs]
-        answer = pb.EmbedResponse(model=request.model, prompt_tokens=sum(counts))
-        for count in counts:
-            answer.embeddings.add(values=[0.5, -1.0, count])
-        return answer
-
-    def ListModels(self, request: Any, context: Any) -> Any:  # noqa: N802
-        one = {"family": "llama", "engine": "bigdl", "quantization": "q4_0", "context": 512}
-        return pb.ListModelsResponse(
-            models=[pb.Model(id="echo", ready=True, **one), pb.Model(id="absent", ready=False, **one)]
-        )
-
-
-class Health(health_pb2_grpc.HealthServicer):
-    def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.NOT_SERVING)
-
-
-@pytest.fixture
-def model() -> EchoModel:
-    return EchoModel()
 
 
 @pytest.fixture
@@ -349,59 +253,6 @@ def test_closing_a_stream_cancels_the_call(grpc_url: str, servicer: Servicer) ->
         assert not servicer.left.is_set()
         stream.close()
         assert servicer.left.wait(30)
-
-
-def test_a_stream_whose_events_break_off_fails() -> None:
-    event = {"id": "c", "model": "m", "choices": [{"index": 0, "text": "a\u2028b", "finish_reason": None}]}
-    left = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(200)
-            self.end_headers()
-            data = json.dumps(event, ensure_ascii=False).encode()
-            self.wfile.write(b": keep-alive\n\ndata: " + data + b"\n\n: keep-alive\n\n")
-            self.wfile.flush()
-            if self.path == "/v1/chat/completions":
-                return
-            try:
-                while True:  # until the client has closed the connection
-                    self.wfile.write(b": keep-alive\n\n")
-            except OSError:
-                left.set()
-
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        with NibbleClient(f"http://127.0.0.1:{server.server_port}") as client:
-            broken = client.stream_chat("m", [])
-            event["choices"] = [{"index": 0, "delta": {"content": "a\u2028b"}, "finish_reason": None}]
-            assert next(broken).text == "a\u2028b"
-            with pytest.raises(NibbleError, match="broke off before its end"):
-                next(broken)
-            event["choices"] = [{"index": 0, "text": "a\u2028b", "finish_reason": None}]
-            with client.stream("m", "a") as stream:
-                assert next(stream).text == "a\u2028b"
-                assert not left.is_set()
-            assert left.wait(30)
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-@pytest.mark.parametrize("size", [1, 3, 1000])
-def test_events_are_told_from_bytes_in_pieces_of_any_size(size: int) -> None:
-    received = ': keep-alive\n\ndata: {"a": "\u2028é\x85"}\r\n\r\ndata: 1\ndata: 2\n\ndata: [DONE]\n\n'.encode()
-    decoder = EventDecoder()
-    pieces = [received[start : start + size] for start in range(0, len(received), size)]
-    found = [data for piece in pieces for data in decoder.feed(piece)]
-    assert found == ['{"a": "\u2028é\x85"}', "1\n2", "[DONE]"]
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,6 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.fixture
-def model() -> EchoModel:
-    return EchoModel()
-
-
-@pytest.fixture
 def api(model: EchoModel) -> GrpcApi:
     return api_of(model)
 

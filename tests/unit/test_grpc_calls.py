@@ -28,11 +28,6 @@ def request_log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 @pytest.fixture
-def model() -> EchoModel:
-    return EchoModel()
-
-
-@pytest.fixture
 def api(model: EchoModel) -> GrpcApi:
     return api_of(model)
 

@@ -8,43 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.serve._private.http_util import RequestIdMiddleware
 from starlette.testclient import TestClient
 
-from cluster.config import AuthConfig, LimitsConfig, LoggingConfig
+from cluster.config import AuthConfig, LoggingConfig
 from cluster.errors import InvalidRequestError, QueueFullError
 from deployments.access import Access
 from deployments.calls import Calls
 from deployments.http_api import build_http_api
 from deployments.router import Router
 from tests.unit.fakes import EchoModel
+from tests.unit.http_fakes import CHAT, client_of, events
 
 BODY = {"model": "echo", "prompt": "to be or not"}
-
-
-@pytest.fixture
-def model() -> EchoModel:
-    return EchoModel()
-
-
-@pytest.fixture
-def client(model: EchoModel) -> TestClient:
-    return client_of(model)
-
-
-def client_of(model: EchoModel, **limits: Any) -> TestClient:
-    router = Router({"echo": model, "absent": EchoModel("absent", ready=False)}, LimitsConfig(**limits))
-    calls = Calls(Access(AuthConfig()), LoggingConfig())
-    # In Serve's own middleware, as in a running cluster.
-    api = RequestIdMiddleware(build_http_api(lambda: router, lambda: calls))
-    return TestClient(api, raise_server_exceptions=False)
-
-
-def events(text: str) -> list[Any]:
-    blocks = [block for block in text.strip().split("\n\n") if not block.startswith(": ")]
-    assert all(block.startswith("data: ") for block in blocks)
-    assert blocks[-1] == "data: [DONE]"
-    return [json.loads(block.removeprefix("data: ")) for block in blocks[:-1]]
 
 
 def test_a_completion_is_openai_s_object(client: TestClient) -> None:
@@ -257,80 +232,6 @@ def test_usage_ends_a_stream_where_it_was_asked_for(client: TestClient) -> None:
         (choice,) = chunk["choices"]
         texts[choice["index"]] += choice["text"]
     assert texts == ["to be or not ", "to be or not "]
-
-
-CHAT = {"model": "echo", "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi you"}]}
-
-
-def test_a_chat_completion_is_openai_s_object(client: TestClient, model: EchoModel) -> None:
-    body = client.post("/v1/chat/completions", json=CHAT).json()
-    assert body["object"] == "chat.completion"
-    assert body["id"].startswith("chatcmpl-")
-    assert body["choices"] == [
-        {
-            "index": 0,
-            "message": {"role": "assistant", "content": "hi you "},
-            "logprobs": None,
-            "finish_reason": "stop",
-        }
-    ]
-    assert model.requests[0].max_tokens is None
-
-
-def test_a_chat_stream_begins_with_the_role_and_ends_with_the_reason(client: TestClient) -> None:
-    chunks = events(client.post("/v1/chat/completions", json=CHAT | {"stream": True, "logprobs": True}).text)
-    choices = [chunk["choices"][0] for chunk in chunks]
-    assert choices[0]["delta"] == {"role": "assistant", "content": ""}
-    assert "".join(choice["delta"].get("content", "") for choice in choices) == "hi you "
-    assert (choices[-1]["delta"], choices[-1]["finish_reason"]) == ({}, "stop")
-    tokens = [token for choice in choices if choice["logprobs"] for token in choice["logprobs"]["content"]]
-    assert [token["token"] for token in tokens] == ["hi ", "you "]
-    assert tokens[0] == {"token": "hi ", "logprob": -0.5, "bytes": [104, 105, 32], "top_logprobs": []}
-
-
-@pytest.mark.parametrize(
-    ("change", "field", "words"),
-    [
-        ({"messages": []}, "messages", "at least 1"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "found 'tool'"),
-        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "found 5; allowed are a string or a"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "parts"),
-        ({"tools": [{"type": "function"}]}, "tools", "not supported by this server; leave it out"),
-        ({"tool_choice": "auto"}, "tool_choice", "not supported by this server"),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-        ({"top_logprobs": 2}, "top_logprobs", "only with logprobs"),
-        ({"prompt": "x"}, "prompt", "not supported; allowed are model"),
-    ],
-)
-def test_a_wrong_chat_field_is_named(client: TestClient, change: dict[str, Any], field: str, words: str) -> None:
-    error = client.post("/v1/chat/completions", json=CHAT | change).json()["error"]
-    assert error["param"] == field
-    assert words in error["message"]
-
-
-def test_content_in_parts_and_null_fields_are_taken(client: TestClient, model: EchoModel) -> None:
-    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
-    message = {"role": "developer", "content": parts, "refusal": None, "tool_calls": None}
-    assert client.post("/v1/chat/completions", json=CHAT | {"messages": [message], "tools": None}).status_code == 200
-    (sent,) = model.requests[0].prompt.messages
-    assert (sent.role, sent.content) == ("system", "a b")
-
-
-def test_formats_become_grammars(client: TestClient, model: EchoModel) -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
-    named = {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": schema}}
-    formats = ({"response_format": named}, {"response_format": {"type": "json_object"}}, {"grammar": "start: /a/"})
-    for fields in (*formats, {"response_format": {"type": "text"}}):
-        assert client.post("/v1/chat/completions", json=CHAT | fields).status_code == 200
-    grammars = [request.grammar for request in model.requests]
-    assert [(g.kind, g.field) if g else None for g in grammars] == [
-        ("json_schema", "response_format"),
-        ("json_schema", "response_format"),
-        ("grammar", "grammar"),
-        None,
-    ]
-    assert json.loads(grammars[0].text) == schema
 
 
 def test_tokenize_and_detokenize(client: TestClient) -> None:

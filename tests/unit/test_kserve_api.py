@@ -21,11 +21,6 @@ INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.fixture
-def model() -> EchoModel:
-    return EchoModel()
-
-
-@pytest.fixture
 def api(model: EchoModel) -> KserveApi:
     return api_of(model)
 
