@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -14,17 +11,12 @@ from cluster.isa import REQUIRED_FLAGS, choose_isa, cpu_flags
 from deployments.engines.base import Logits
 from deployments.engines.bigdl_model import BLOCK, CachedModel, PrefillCancelledError, load_model
 from deployments.engines.check import relative_rms
+from tests.integration.test_bigdl_engine import CONTEXT, Artifact, ids
 
-Artifact = Callable[[FamilyName], Path]
-CONTEXT = 160
 # Float noise between evaluating tokens one by one and as a batch; unrelated logits are at about 1.4.
 NOISE = 0.15
 
 per_family = pytest.mark.parametrize("family", FAMILY_NAMES)
-
-
-def ids(seed: int, count: int) -> list[int]:
-    return [int(token) for token in np.random.default_rng(seed).integers(3, 512, count)]
 
 
 def fresh(demo_artifact: Artifact, family: FamilyName) -> CachedModel:

@@ -46,6 +46,11 @@ async def ids(engine: OpenvinoEngine, request: TokenRequest) -> list[int]:
     return [token.id for token in await collect(engine, request)]
 
 
+def fail(*_: object) -> None:
+    """In the place of a model's step."""
+    raise EngineError("OpenVINO failed")
+
+
 @pytest.fixture(scope="module", params=FAMILY_NAMES)
 def engine(request: pytest.FixtureRequest, demo_artifact: Artifact) -> Iterator[OpenvinoEngine]:
     engine = OpenvinoEngine(demo_artifact(request.param), 1, CONTEXT, 8, PRECISE)
@@ -244,9 +249,6 @@ async def test_a_step_that_fails_fails_its_sequences_and_the_engine_goes_on(
     engine = llama()
     expected = await ids(engine, TokenRequest(prompt(4), 5, GREEDY))
 
-    def fail(*_: object) -> None:
-        raise EngineError("OpenVINO failed")
-
     with monkeypatch.context() as patch:
         patch.setattr(PagedModel, "step", fail)
         with pytest.raises(EngineError, match="OpenVINO failed"):
@@ -257,9 +259,6 @@ async def test_a_step_that_fails_fails_its_sequences_and_the_engine_goes_on(
 async def test_closing_frees_the_memory_at_once_also_after_a_step_that_failed(
     demo_artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
-        raise EngineError("OpenVINO failed")
-
     engine = OpenvinoEngine(demo_artifact("llama"), 1, CONTEXT, 2, PRECISE)
     cache = weakref.ref(engine._batch._model._memory[0])
     request = weakref.ref(engine._batch._model._request)
