@@ -27,6 +27,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_GRPC = "127.0.0.1:9000"
 
 Address = Annotated[str | None, typer.Option(help="A running Ray cluster to use, HOST:PORT or auto.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the checkpoint and say what it needs; change nothing.")]
 FAMILY_HELP = "llama, gptneox, bloom or starcoder."
 
 
@@ -58,6 +59,7 @@ def convert(
     quantization: Annotated[str, typer.Option(help="int4, or int8 (not for bloom).")] = "int4",
     output: Annotated[Path | None, typer.Option(help="A new folder. Default: bigdl_llm_FAMILY_TYPE.")] = None,
     address: Address = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Convert a checkpoint to INT4 or int8, on this machine or with --address on a Ray cluster; write the artifact."""
     from cluster.commands.convert import convert
@@ -66,7 +68,8 @@ def convert(
     ggml_type = QUANTIZATIONS.get(quantization)  # type: ignore[call-overload]
     if ggml_type is None:
         raise ConfigError(f"quantization: found {quantization!r}, allowed are {', '.join(QUANTIZATIONS)}")
-    convert(checkpoint, name, ggml_type, output or Path(f"bigdl_llm_{name}_{ggml_type}"), address, plain_console())
+    target = output or Path(f"bigdl_llm_{name}_{ggml_type}")
+    convert(checkpoint, name, ggml_type, target, address, plain_console(), dry_run)
 
 
 @app.command()
@@ -74,11 +77,12 @@ def serve(
     config: Annotated[Path | None, typer.Argument(help="YAML. Without it: the four built-in demo models.")] = None,
     address: Address = None,
     verbose: Annotated[bool, typer.Option(help="Show the log of Ray's workers.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Convert the models, deploy them and serve HTTP and gRPC until Ctrl-C."""
     from cluster.commands.serve import serve
 
-    serve(load_config(config) if config else default_config(), address, plain_console(), verbose)
+    serve(load_config(config) if config else default_config(), address, plain_console(), verbose, dry_run)
 
 
 @app.command()

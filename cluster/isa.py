@@ -101,12 +101,20 @@ def available_cores() -> int:
 
 
 def available_memory() -> int:
-    """Bytes this process may still take: the smaller of what the node has free and what its cgroup leaves."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    """Bytes this process may still take: the smaller of what the node has free and what its cgroup leaves. Pages of
+    files count as free in both, since the kernel drops them where memory is short."""
+    free = _number(Path("/proc/meminfo"), "MemAvailable:") * 1024
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
     except (OSError, ValueError):  # no cgroup of its own, or "max"
         return free
-    return max(0, min(free, limit - used))
+    stat = Path("/sys/fs/cgroup/memory.stat")
+    files = _number(stat, "active_file") + _number(stat, "inactive_file")
+    return max(0, min(free, limit - used + files))
+
+
+def _number(path: Path, name: str) -> int:
+    """The number behind a name in a file of such lines, in the file's own unit; 0 where there is none."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return next((int(words[1]) for words in lines if words[0] == name), 0)

@@ -12,12 +12,13 @@ from cluster.artifact_store import fetch_artifact
 from cluster.config import ArtifactsConfig, ModelConfig
 from cluster.errors import EngineError
 from cluster.families import FamilyName
-from cluster.isa import available_cores
+from cluster.isa import available_cores, available_memory, cpu_flags
 from cluster.node_cache import NodeCache
 from cluster.wanted import Wanted
 from deployments.chat import Conversation
 from deployments.cores import CoreClaim, claim_cores
 from deployments.engines.loading import load_engine
+from deployments.engines.needs import ADVICE, gib, read_artifact, replica_needs
 from deployments.generation import GenerationChunk, GenerationRequest, Prompt, embed_text, generate_text
 from deployments.text import Tokenizer
 
@@ -27,6 +28,17 @@ def own_cores(folder: Path, threads: int) -> CoreClaim | None:
     nibble cannot see, and pinning would crowd them all on the first ones."""
     cores = os.sched_getaffinity(0)
     return claim_cores(folder, threads, cores) if available_cores() == len(cores) else None
+
+
+def require_memory(model: ModelConfig, folders: Sequence[Path]) -> None:
+    """Raises EngineError, with figures, where this node's memory cannot hold a replica with the artifacts in `folders`:
+    the kernel would kill it, or another process, in the middle of its work."""
+    needs, free = replica_needs(model, [read_artifact(folder) for folder in folders], cpu_flags()), available_memory()
+    if needs.total > free:
+        raise EngineError(
+            f"{model.name}: a replica needs at least {needs} of memory, this node has {gib(free)} GiB free;"
+            f" use {ADVICE}"
+        )
 
 
 class Replica:
@@ -51,6 +63,7 @@ class Replica:
         self._tokenizer = Tokenizer(folders[0])
         for draft in folders[1:]:
             self._tokenizer.require_same_tokens(Tokenizer(draft), f"{model.name}: openvino.draft.checkpoint")
+        require_memory(model, folders)
         self._claim = own_cores(artifacts.cache_dir / "cores", model.threads)
         self._engine = load_engine(model, folders, self._claim.cores if self._claim else None)
         # Now that the engine has what it derives beside its artifact.

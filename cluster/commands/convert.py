@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cluster.commands.preflight import describe_outline
 from cluster.config import ArtifactsConfig
 from cluster.digests import check_digest
 from cluster.display import ConversionDisplay
@@ -14,16 +15,30 @@ from cluster.families import FamilyName
 from cluster.local_conversion import convert_to_folder
 from cluster.manifest import Manifest, Quantization
 from cluster.node_cache import Staging, publish_folder, write_binary, write_files
+from cluster.outline import read_outline
 from cluster.wanted import Wanted
 
 
 def convert(
-    source: str, family: FamilyName, quantization: Quantization, output: Path, address: str | None, console: Console
+    source: str,
+    family: FamilyName,
+    quantization: Quantization,
+    output: Path,
+    address: str | None,
+    console: Console,
+    dry_run: bool = False,
 ) -> None:
     """On the cluster at `address`, else on this machine. Raises ConfigError where `output` holds something already,
-    CheckpointError, ConversionError, or ArtifactError where it cannot be written."""
+    CheckpointError, ConversionError, or ArtifactError where it cannot be written. `dry_run`: plans it here, says what
+    would be written, and writes nothing."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output: {output} is there already and not an empty folder; name a new one")
+    if dry_run:
+        outline = read_outline(Wanted(source=source, family=family, quantization=quantization), ArtifactsConfig())
+        console.print(describe_outline(outline))
+        for _, obstacle in outline.model.obstacles:
+            console.print(obstacle)
+        return
     wanted, target = Wanted(source=source, family=family, quantization=quantization), output.absolute()
     if address is not None:
         manifest = convert_on_cluster(wanted, target, address, console)

@@ -12,6 +12,15 @@ import httpx
 from rich.console import Console
 
 from cluster.commands.generate import generate
+from cluster.commands.preflight import (
+    PlannedModel,
+    check_fit_together,
+    check_fits_any,
+    plan_in_cluster,
+    plan_models,
+    report,
+    this_node,
+)
 from cluster.commands.status import deployment_state, ray_serve, running, serve_deployments, waiting_cpus
 from cluster.config import ModelConfig, NibbleConfig
 from cluster.errors import ConfigError, NibbleError
@@ -26,10 +35,19 @@ ANSWER_TIMEOUT_S = 30
 FIRST_ANSWER_TOKENS = 64
 
 
-def serve(config: NibbleConfig, address: str | None, console: Console, verbose: bool = False) -> None:
-    """Returns after SIGINT or SIGTERM, with all that it started ended. Raises NibbleError for what cannot be served."""
+def serve(
+    config: NibbleConfig, address: str | None, console: Console, verbose: bool = False, dry_run: bool = False
+) -> None:
+    """Returns after SIGINT or SIGTERM, with all that it started ended. Raises NibbleError for what cannot be served.
+    `dry_run`: says what it would do, and does none of it."""
     say = console.print
     check_access(config, address is not None, say)
+    if dry_run:
+        for line in dry_run_report(config, address):
+            say(line)
+        return
+    if address is None:
+        check_local(config)
     with ExitStack() as stack:
         try:
             if address is None:
@@ -40,6 +58,8 @@ def serve(config: NibbleConfig, address: str | None, console: Console, verbose: 
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             say(f"Ray cluster at {ray_address}")
+            if address is not None:
+                check_fits_any(*plan_in_cluster(config))
             from deployments.app import published_artifacts  # Serve reads the cluster's settings when it is imported
 
             wanted = published_artifacts(config, console)
@@ -59,6 +79,24 @@ def serve(config: NibbleConfig, address: str | None, console: Console, verbose: 
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             say("Stopping…")
+
+
+def check_local(config: NibbleConfig) -> list[PlannedModel]:
+    """Before anything is started. Raises NibbleError for what this machine cannot convert or has no memory for."""
+    planned, node = plan_models(config), this_node()
+    check_fits_any(planned, [node])
+    check_fit_together(planned, node)
+    return planned
+
+
+def dry_run_report(config: NibbleConfig, address: str | None) -> list[str]:
+    """Raises what `serve` would before it converts or loads anything."""
+    if address is None:
+        return report(check_local(config), [this_node()])
+    with joined_cluster(address):
+        planned, nodes = plan_in_cluster(config)
+        check_fits_any(planned, nodes)
+        return report(planned, nodes)
 
 
 def check_access(config: NibbleConfig, joined: bool, say: Callable[[str], None]) -> None:

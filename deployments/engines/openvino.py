@@ -28,11 +28,12 @@ from deployments.engines.code_pages import scatter_code
 from deployments.engines.draft_model import DraftModel
 from deployments.engines.handover import Handover, closed_error
 from deployments.engines.openvino_jobs import EmbedJob, GenerateJob, Job, ScoreJob
-from deployments.engines.openvino_probe import choose_settings, wants_tiles
+from deployments.engines.openvino_probe import choose_settings
 from deployments.engines.openvino_weights import derived_weights
 from deployments.engines.paged_cache import BLOCK_TOKENS, BlockPool
 from deployments.engines.paged_model import PagedModel, Settings, Work
 from deployments.engines.prompt_lookup import PromptLookup
+from deployments.engines.q4_layout import wants_tiles
 from deployments.engines.requests import check_prompt, check_request
 from deployments.engines.scheduler import Guesser, Scheduler
 

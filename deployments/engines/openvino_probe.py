@@ -24,8 +24,6 @@ NEARLY = 1.5
 # Sequences that decode together: what each aim is measured on.
 SEQUENCES: dict[Tune, int] = {"latency": 1, "throughput": 8}
 
-PRODUCT_FLAGS = frozenset({"avx2", "fma", "f16c"})  # what the instructions of q4_kernels.py need
-
 EXACT = Settings(precision="f32", quantized_activations=False)
 
 
@@ -47,11 +45,6 @@ def choose_settings(weights: DerivedWeights, model: Hyperparameters, threads: in
     chosen = next(settings for settings, seconds in tried.items() if seconds <= NEARLY * min(tried.values()))
     logger.info("openvino: %s: %s", tune, {str(s): f"{1000 * seconds:.2f} ms" for s, seconds in tried.items()})
     return chosen
-
-
-def wants_tiles(tune: Tune, flags: frozenset[str]) -> bool:
-    """Whether nibble's own products are the fastest: where OpenVINO has none in integers (tests/bench/NOTES.md)."""
-    return tune != "precision" and flags >= PRODUCT_FLAGS and not flags & {"avx_vnni", "avx512_vnni"}
 
 
 def candidates(flags: frozenset[str]) -> list[Settings]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from cluster.config import Tune
 from cluster.ggml import BLOCK_WEIGHTS
 from deployments.engines.ggml_blocks import unpacked
 
@@ -18,6 +19,12 @@ LANES = 8  # of 32 bits, in a register
 QUADS = BLOCK_WEIGHTS // 4
 SCALES = 32 * QUADS  # where a tile's scales begin
 TILE_BYTES = SCALES + 2 * TILE_ROWS
+PRODUCT_FLAGS = frozenset({"avx2", "fma", "f16c"})  # what the instructions of q4_kernels.py need
+
+
+def wants_tiles(tune: Tune, flags: frozenset[str]) -> bool:
+    """Whether nibble's own products are the fastest: where OpenVINO has none in integers (tests/bench/NOTES.md)."""
+    return tune != "precision" and flags >= PRODUCT_FLAGS and not flags & {"avx_vnni", "avx512_vnni"}
 
 
 def tiles(nibbles: npt.NDArray[np.uint8], scales: npt.NDArray[np.float16]) -> npt.NDArray[np.uint8]:

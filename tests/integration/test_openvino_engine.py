@@ -22,9 +22,9 @@ from deployments.engines import openvino
 from deployments.engines.base import SamplingParams, Token, TokenRequest
 from deployments.engines.draft_model import DraftModel
 from deployments.engines.openvino import OpenvinoEngine
-from deployments.engines.openvino_probe import wants_tiles
 from deployments.engines.paged_cache import BLOCK_TOKENS
 from deployments.engines.paged_model import PagedModel
+from deployments.engines.q4_layout import wants_tiles
 from deployments.engines.q4_threads import THREAD_NAME
 from tests.integration.slow_mask import SlowMask
 

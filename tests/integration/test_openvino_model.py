@@ -23,11 +23,12 @@ from cluster.manifest import Manifest, Quantization
 from deployments.engines.base import Logits
 from deployments.engines.ggml_blocks import dequantize
 from deployments.engines.openvino_check import check_openvino
-from deployments.engines.openvino_probe import EXACT, PRODUCT_FLAGS, candidates, choose_settings, wants_tiles
+from deployments.engines.openvino_probe import EXACT, candidates, choose_settings
 from deployments.engines.openvino_recipes import recipe
 from deployments.engines.openvino_weights import DERIVED_VERSION, DerivedWeights, QuantizedMatrix, derived_weights
 from deployments.engines.paged_cache import BLOCK_TOKENS
 from deployments.engines.paged_model import PagedModel, Settings, Work
+from deployments.engines.q4_layout import PRODUCT_FLAGS, wants_tiles
 from deployments.engines.q4_product import Q4Product
 from deployments.engines.q4_threads import Q4Threads
 from tests.conftest import convert_here

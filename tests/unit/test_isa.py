@@ -89,3 +89,16 @@ def test_a_cpu_quota_below_the_affinity_mask_counts(monkeypatch: pytest.MonkeyPa
 def test_available_memory_is_some_of_the_node_s() -> None:
     total = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line)
     assert 0 < available_memory() <= total * 1024
+
+
+def test_pages_of_files_that_a_cgroup_holds_count_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n",
+        "/sys/fs/cgroup/memory.max": "4000000\n",
+        "/sys/fs/cgroup/memory.current": "3500000\n",
+        "/sys/fs/cgroup/memory.stat": "anon 500000\nfile 3000000\nactive_file 1000000\ninactive_file 1500000\n",
+    }
+    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+    assert available_memory() == 4_000_000 - 3_500_000 + 2_500_000
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert available_memory() == 8_000 * 1024

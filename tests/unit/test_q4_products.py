@@ -11,8 +11,7 @@ import pytest
 
 from cluster.isa import cpu_flags
 from deployments.engines.cache_memory import zeros
-from deployments.engines.openvino_probe import PRODUCT_FLAGS
-from deployments.engines.q4_layout import tiles
+from deployments.engines.q4_layout import PRODUCT_FLAGS, tiles
 from deployments.engines.q4_threads import SHARES, Q4Threads
 
 pytestmark = pytest.mark.skipif(
