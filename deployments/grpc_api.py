@@ -12,7 +12,6 @@ from grpc_health.v1 import health_pb2
 
 from cluster.errors import InvalidRequestError, ModelNotFoundError
 from deployments.calls import Calls
-from deployments.generation import GenerationChunk
 from deployments.grpc_calls import GrpcCall, tell
 from deployments.grpc_records import (
     detokenize_record,
@@ -21,6 +20,7 @@ from deployments.grpc_records import (
     token_logprobs,
     tokenize_record,
 )
+from deployments.records import GenerationChunk
 from deployments.router import Completion, Router, best, collect
 from deployments.schema import ChatRequest, CompletionRequest
 from protos import inference_pb2 as pb

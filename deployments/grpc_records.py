@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cluster.errors import InvalidRequestError
-from deployments.generation import LoggedToken
 from deployments.parsing import parse
+from deployments.records import LoggedToken
 from deployments.schema import (
     ChatRequest,
     CompletionRequest,

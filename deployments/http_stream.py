@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from deployments.generation import GenerationChunk
 from deployments.http_calls import HttpCall
 from deployments.openai_objects import (
     chat_choice,
@@ -18,6 +17,7 @@ from deployments.openai_objects import (
     completion_logprobs,
     usage_object,
 )
+from deployments.records import GenerationChunk
 from deployments.router import ChoiceChunk
 from deployments.schema import ChatRequest, CompletionRequest, GeneratingBody
 from deployments.status import openai_error

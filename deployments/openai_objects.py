@@ -9,7 +9,7 @@ from typing import Any, Literal
 from typing_extensions import NotRequired, TypedDict
 
 from deployments.engines.base import FinishReason
-from deployments.generation import LoggedToken
+from deployments.records import LoggedToken
 from deployments.router import Completion, ModelCard
 
 

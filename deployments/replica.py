@@ -19,7 +19,8 @@ from deployments.chat import Conversation
 from deployments.cores import CoreClaim, claim_cores
 from deployments.engines.loading import load_engine
 from deployments.engines.needs import ADVICE, gib, read_artifact, replica_needs
-from deployments.generation import GenerationChunk, GenerationRequest, Prompt, embed_text, generate_text
+from deployments.generation import embed_text, generate_text
+from deployments.records import GenerationChunk, GenerationRequest, Prompt
 from deployments.text import Tokenizer
 
 

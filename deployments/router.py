@@ -14,7 +14,7 @@ from cluster.config import LimitsConfig, ModelConfig
 from cluster.errors import ModelNotFoundError, UnavailableError
 from deployments.chat import Conversation
 from deployments.engines.base import FinishReason
-from deployments.generation import GenerationChunk, GenerationRequest, LoggedToken
+from deployments.records import GenerationChunk, GenerationRequest, LoggedToken
 
 T = TypeVar("T")
 

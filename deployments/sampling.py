@@ -21,7 +21,8 @@ _GREEDY_BELOW = 1e-5
 
 class Sampler:
     """Draws the tokens of one sequence. `prompt` counts for the repetition penalty and for the positions; `eos_ids` are
-    the tokens that `params.min_tokens` keeps away."""
+    the tokens that `params.min_tokens` keeps away. `generated`: tokens that were drawn before, by another sampler of
+    the same sequence; this one goes on as that one would."""
 
     def __init__(
         self,
@@ -29,6 +30,7 @@ class Sampler:
         prompt: Iterable[int],
         eos_ids: Iterable[int] = (),
         mask: TokenMask | None = None,
+        generated: Iterable[int] = (),
     ) -> None:
         self._params = params
         self._mask = mask
@@ -39,16 +41,21 @@ class Sampler:
         self._eos = np.array(sorted(eos_ids), np.int64)
         self._biased = np.array([token for token, _ in params.logit_bias], np.int64)
         self._biases = np.array([bias for _, bias in params.logit_bias], np.float32)
+        for token in generated:
+            self._accept(token)
 
     def next(self, logits: Logits) -> int:
         """The token at the next position. `logits` [vocab_size] are finite or -inf, and are left as they are."""
         token = draw(self._adjusted(logits), self._params, self._position)
+        self._accept(token)
+        return token
+
+    def _accept(self, token: int) -> None:
         if self._mask is not None:
             self._mask.accept(token)
         self._position += 1
         self._seen.add(token)
         self._generated[token] = self._generated.get(token, 0) + 1
-        return token
 
     def _adjusted(self, logits: Logits) -> Logits:
         """With biases, penalties, the mask and the tokens that are not allowed yet."""

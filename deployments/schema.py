@@ -18,8 +18,8 @@ from cluster.config import LimitsConfig
 from cluster.errors import InvalidRequestError
 from deployments.chat import Conversation, Message
 from deployments.engines.base import SamplingParams
-from deployments.generation import GenerationRequest, Prompt
 from deployments.grammar import Grammar
+from deployments.records import GenerationRequest, Prompt
 
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256

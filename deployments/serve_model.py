@@ -18,7 +18,7 @@ from cluster.config import ModelConfig
 from cluster.errors import DeadlineError, QueueFullError, UnavailableError
 from cluster.ray_errors import nibble_cause
 from deployments.chat import Conversation
-from deployments.generation import GenerationChunk, GenerationRequest
+from deployments.records import GenerationChunk, GenerationRequest
 
 logger = logging.getLogger("ray.serve")
 

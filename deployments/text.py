@@ -136,13 +136,16 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip_space = tokenizer.strips_first_space and not continues
+        self.characters = 0  # given so far
 
     def add(self, ids: Sequence[int]) -> str:
         data = b"".join(map(self._tokenizer.token_bytes, ids))
         if self._strip_space and data:
             self._strip_space = False
             data = data.removeprefix(b" ")
-        return self._decoder.decode(data)
+        text = self._decoder.decode(data)
+        self.characters += len(text)
+        return text
 
     def end(self) -> str:
         """What was held back. No `add` may follow."""
@@ -195,6 +198,11 @@ class TextStream:
     @property
     def stopped(self) -> bool:
         return self._stops.stopped
+
+    @property
+    def characters(self) -> int:
+        """Of the text so far, with what is held back because it may begin a stop string."""
+        return self._detokenizer.characters
 
     def add(self, ids: Sequence[int], look: bool = True) -> str:
         """The text that is final now; `look` as StopChecker.add has it."""

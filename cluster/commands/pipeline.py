@@ -23,8 +23,9 @@ from cluster.local_conversion import convert_to_cache
 from cluster.wanted import Wanted
 from deployments.engines.base import SamplingParams, TokenRequest
 from deployments.engines.bigdl import BigdlEngine
-from deployments.generation import GenerationRequest, generate_text
+from deployments.generation import generate_text
 from deployments.openai_objects import completion_object, usage_object
+from deployments.records import GenerationRequest
 from deployments.router import Completion, joined
 from deployments.text import Tokenizer
 

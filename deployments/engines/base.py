@@ -53,7 +53,9 @@ class TokenMask(Protocol):
 class TokenRequest:
     """`prompt`: at least one token id, shorter than the engine's context. Generation ends after `max_tokens` new tokens
     (at least 1), when the context is full, or at a token of `eos_token_ids`, which is then the last one yielded.
-    `logprobs`: how many of the most likely tokens to report beside each new one; None for no log probabilities."""
+    `logprobs`: how many of the most likely tokens to report beside each new one; None for no log probabilities.
+    `generated`: the first new tokens, where another engine drew them before: this one goes on behind them as that one
+    would have. They are not yielded again, count towards `max_tokens` and are fewer."""
 
     prompt: Sequence[int]
     max_tokens: int
@@ -61,6 +63,7 @@ class TokenRequest:
     eos_token_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
     mask: TokenMask | None = None
+    generated: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

@@ -167,12 +167,18 @@ class BigdlEngine:
 
     def _generate(self, request: TokenRequest, handover: Handover[Token]) -> None:
         counters, model, cancelled = self._counters, self._model, self._cancelled(handover)
-        sampler = Sampler(request.sampling, request.prompt, request.eos_token_ids, request.mask)
+        eos_ids, mask = request.eos_token_ids, request.mask
+        sampler = Sampler(request.sampling, request.prompt, eos_ids, mask, request.generated)
         logits, reused = model.prefill(request.prompt, cancelled)
         counters.prompt_tokens += len(request.prompt)
         counters.reused_tokens += reused
+        for token in request.generated:
+            # One by one, as they were decoded before: a block of them would give other float noise.
+            if cancelled():
+                raise PrefillCancelledError
+            logits = model.decode(token)
         limit = min(request.max_tokens, self.context - len(request.prompt))
-        for count in range(1, limit + 1):
+        for count in range(len(request.generated) + 1, limit + 1):
             if cancelled():
                 raise PrefillCancelledError
             token = sampler.next(logits)

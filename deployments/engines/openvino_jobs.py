@@ -53,10 +53,11 @@ class GenerateJob(Job):
     logits, seed and position: what comes out is the same with and without guesses, whatever the sampling."""
 
     def __init__(self, request: TokenRequest, context: int, handover: Handover[Token]) -> None:
-        super().__init__(request.prompt, handover)
+        super().__init__([*request.prompt, *request.generated], handover)
         self._request = request
-        self._limit = min(request.max_tokens, context - len(request.prompt))
-        self._sampler = Sampler(request.sampling, request.prompt, request.eos_token_ids, request.mask)
+        self._limit = min(request.max_tokens, context - len(request.prompt)) - len(request.generated)
+        eos_ids, mask = request.eos_token_ids, request.mask
+        self._sampler = Sampler(request.sampling, request.prompt, eos_ids, mask, request.generated)
 
     @property
     def guessable(self) -> int:

@@ -30,10 +30,17 @@ def check_request(request: TokenRequest, context: int, vocab_size: int) -> None:
     """As `check_prompt`, for a request to generate, which needs room for at least one new token."""
     if request.max_tokens < 1:
         raise InvalidRequestError(f"max_tokens: found {request.max_tokens}, allowed are 1 and more", field="max_tokens")
-    check_prompt(request.prompt, context, vocab_size)
-    if len(request.prompt) >= context:
+    if len(request.generated) >= request.max_tokens:
         raise InvalidRequestError(
-            f"prompt: found {len(request.prompt)} tokens, allowed are {context - 1}:"
+            f"max_tokens: found {request.max_tokens}, allowed are {len(request.generated) + 1} and more:"
+            f" {len(request.generated)} tokens were generated before",
+            field="max_tokens",
+        )
+    tokens = [*request.prompt, *request.generated] if request.prompt else ()
+    check_prompt(tokens, context, vocab_size)
+    if len(tokens) >= context:
+        raise InvalidRequestError(
+            f"prompt: found {len(tokens)} tokens, allowed are {context - 1}:"
             f" the context of {context} tokens must hold at least one new token",
             field="prompt",
         )

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,18 @@ async def test_a_seeded_request_gives_the_same_tokens_whatever_came_before(engin
     assert await collect(engine, request) == first
     assert await collect(engine, request) == first
     assert [token.finish_reason for token in first] == [None] * 11 + ["length"]
+
+
+@pytest.mark.parametrize("split", [1, 5, 40])
+async def test_an_engine_goes_on_bit_for_bit_behind_tokens_that_another_drew(engine: BigdlEngine, split: int) -> None:
+    sampling = SamplingParams(seed=3, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3)
+    request = TokenRequest(ids(14, 35), 45, sampling, logprobs=2)
+    whole = await collect(engine, request)
+    await collect(engine, TokenRequest(ids(15, 50), 3, GREEDY))  # so that nothing of it is left in the cache
+    rest = await collect(engine, replace(request, generated=[token.id for token in whole[:split]]))
+    assert rest == whole[split:]
+    with pytest.raises(InvalidRequestError, match="45 tokens were generated before"):
+        await collect(engine, replace(request, generated=[token.id for token in whole]))
 
 
 async def test_generation_ends_at_an_end_token_and_where_the_context_is_full(engine: BigdlEngine) -> None:

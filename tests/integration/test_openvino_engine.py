@@ -9,6 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,15 @@ async def test_sequences_together_get_the_tokens_that_each_gets_alone(engine: Op
     same = [sum(a == b for a, b in zip(one, other, strict=False)) for one, other in zip(alone, together, strict=True)]
     assert sum(count == TOKENS for count in same) >= 5
     assert int(engine.info()["steps"]) - int(before["steps"]) < 3 * TOKENS  # not one after the other: 6 * TOKENS
+
+
+@pytest.mark.parametrize("split", [1, 20])
+async def test_an_engine_goes_on_behind_tokens_that_another_drew(engine: OpenvinoEngine, split: int) -> None:
+    request = TokenRequest(prompt(14), 30, SamplingParams(temperature=0, repetition_penalty=1.2))
+    whole = await collect(engine, request)
+    rest = await collect(engine, replace(request, generated=[token.id for token in whole[:split]]))
+    assert [token.id for token in rest] == [token.id for token in whole[split:]]
+    assert rest[-1].finish_reason == whole[-1].finish_reason
 
 
 async def test_generation_ends_at_an_end_token_at_max_tokens_and_where_the_context_is_full(
@@ -330,6 +340,7 @@ def test_what_cannot_be_loaded_is_refused(demo_artifact: Artifact) -> None:
 def test_its_threads_stay_on_its_cores_and_need_neither_torch_nor_ray(demo_artifact: Artifact) -> None:
     program = f"""
 import asyncio, os, sys
+from dataclasses import replace
 from pathlib import Path
 from cluster.config import OpenvinoConfig
 from deployments.engines.base import TokenRequest

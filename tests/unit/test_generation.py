@@ -10,15 +10,9 @@ from hypothesis import strategies as st
 from cluster.errors import InvalidRequestError
 from deployments.chat import Conversation, Message
 from deployments.engines.base import FinishReason, SamplingParams, Token, TokenRequest
-from deployments.generation import (
-    GenerationChunk,
-    GenerationRequest,
-    LoggedToken,
-    Prompt,
-    embed_text,
-    generate_text,
-)
+from deployments.generation import embed_text, generate_text
 from deployments.grammar import Grammar
+from deployments.records import GenerationChunk, GenerationRequest, LoggedToken, Prompt
 from deployments.text import Tokenizer
 from tests.conftest import DEMOS
 
@@ -40,7 +34,8 @@ class ScriptedEngine:
         self.requests.append(request)
         limit = min(request.max_tokens, self.context - len(request.prompt))
         tokens = []
-        for count, token in enumerate(self.script[:limit], 1):
+        assert tuple(request.generated) == self.script[: len(request.generated)]
+        for count, token in list(enumerate(self.script[:limit], 1))[len(request.generated) :]:
             stop = token in request.eos_token_ids
             reason: FinishReason | None = "stop" if stop else "length" if count == limit else None
             logged = (-1.0 * count, ((token, -1.0 * count),)) if request.logprobs is not None else ()
