@@ -2,7 +2,8 @@
 
 A layout is data. Every transformation that llm_convert applies to a weight only takes whole rows of the source, in
 another order or several times, so a rule names a `RowOrder` and the rows of a result can be made a few at a time.
-Source names are without the base model's prefix ("model.", "transformer.", ...), which some checkpoints leave out.
+Source names are without the base model's prefix ("model.", "transformer.", ...), which some checkpoints leave out and
+others have twice (`base_name`).
 """
 
 from __future__ import annotations
@@ -35,24 +36,49 @@ class TensorRule(NamedTuple):
 
 class Layout(NamedTuple):
     prefix: str  # of the base model's tensors; the output matrix has none
+    embedding: str  # the Hub name of the token embedding, without the prefix
     output: str  # the Hub name of the output matrix
-    ignored: re.Pattern[str]  # buffers that old versions of transformers saved among the weights
+    # Buffers that versions of transformers or other programs saved among the weights. Computed, so never read: masks,
+    # and the frequencies and tables of rotary embeddings, in each layer or once for the model.
+    buffers: re.Pattern[str]
 
+
+_ROTARY = r"rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+_MASKS = r"(bias|masked_bias)"
 
 LAYOUTS: dict[FamilyName, Layout] = {
-    "llama": Layout("model.", "lm_head.weight", re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq")),
+    "llama": Layout(
+        "model.", "embed_tokens.weight", "lm_head.weight", re.compile(rf"(layers\.\d+\.self_attn\.)?{_ROTARY}")
+    ),
     "gptneox": Layout(
         "gpt_neox.",
+        "embed_in.weight",
         "embed_out.weight",
-        re.compile(r"layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"),
+        re.compile(rf"(layers\.\d+\.attention\.)?{_ROTARY}|layers\.\d+\.attention\.{_MASKS}"),
     ),
-    "bloom": Layout("transformer.", "lm_head.weight", re.compile(r"h\.\d+\.self_attention\.(bias|masked_bias)")),
-    "starcoder": Layout("transformer.", "lm_head.weight", re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")),
+    "bloom": Layout(
+        "transformer.",
+        "word_embeddings.weight",
+        "lm_head.weight",
+        re.compile(rf"h\.\d+\.self_attention\.{_MASKS}"),
+    ),
+    "starcoder": Layout("transformer.", "wte.weight", "lm_head.weight", re.compile(rf"(h\.\d+\.attn\.)?{_MASKS}")),
 }
+# transformers 5 calls every output matrix so; it reads gptneox's under either name.
+_ANY_OUTPUT = "lm_head.weight"
+
+
+def base_name(name: str, layout: Layout) -> str:
+    """The name that rules have for a stored tensor. As transformers does, it may have the base model's prefix, lack it,
+    or have it once too often."""
+    for _ in range(2):
+        name = name.removeprefix(layout.prefix)
+    return layout.output if name == _ANY_OUTPUT else name
 
 
 def tensor_rules(family: FamilyName, model: Hyperparameters) -> Iterator[TensorRule]:
-    """The tensors of the binary in file order. The output matrix is the token embedding written again if tied."""
+    """The tensors of the binary in file order. Embedding and output matrix are two rules, also of a model that ties
+    them: which stored tensor each is made from, the plan decides."""
     return _RULES[family](model)
 
 
@@ -99,7 +125,7 @@ def _llama(model: Hyperparameters) -> Iterator[TensorRule]:
     repeated: RowOrder = "as_is" if grouped == square else "repeat_heads"
     yield matrix("tok_embeddings", "embed_tokens", embedding)
     yield norm("norm", "norm")
-    yield matrix("output", "embed_tokens" if model.tied else "lm_head", embedding)
+    yield matrix("output", "lm_head", embedding)
     for i in range(model.layers):
         layer, ours, theirs = f"layers.{i}", f"layers.{i}.attention", f"layers.{i}.self_attn"
         yield from projection(f"{ours}.wq", f"{theirs}.q_proj", square, "interleave_halves", model.attention_bias)
@@ -144,9 +170,7 @@ def _gptneox(model: Hyperparameters) -> Iterator[TensorRule]:
         yield from same(f"{layer}.mlp.dense_h_to_4h", wide, width)
         yield from same(f"{layer}.mlp.dense_4h_to_h", width, wide)
     yield from same("final_layer_norm", width)
-    yield TensorRule(
-        "embed_out.weight", "embed_in.weight" if model.tied else "embed_out.weight", embedding, "quantized"
-    )
+    yield TensorRule("embed_out.weight", "embed_out.weight", embedding, "quantized")
 
 
 def _bloom(model: Hyperparameters) -> Iterator[TensorRule]:
@@ -166,8 +190,7 @@ def _bloom(model: Hyperparameters) -> Iterator[TensorRule]:
         yield from _weight_and_bias(f"{ours}.feed_forward.w1", f"{theirs}.mlp.dense_h_to_4h", (wide, width))
         yield from _weight_and_bias(f"{ours}.feed_forward.w2", f"{theirs}.mlp.dense_4h_to_h", (width, wide))
     yield from _weight_and_bias("output_norm", "ln_f", (width,))
-    source = "word_embeddings.weight" if model.tied else "lm_head.weight"
-    yield TensorRule("output.weight", source, embedding, "quantized")
+    yield TensorRule("output.weight", "lm_head.weight", embedding, "quantized")
 
 
 def _starcoder(model: Hyperparameters) -> Iterator[TensorRule]:
@@ -186,7 +209,7 @@ def _starcoder(model: Hyperparameters) -> Iterator[TensorRule]:
         yield from _weight_and_bias(f"{ours}/mlp/c_fc", f"{theirs}.mlp.c_fc", (wide, width), suffixes=linear)
         yield from _weight_and_bias(f"{ours}/mlp/c_proj", f"{theirs}.mlp.c_proj", (width, wide), suffixes=linear)
     yield from _weight_and_bias("model/ln_f", "ln_f", (width,), suffixes=norm)
-    yield TensorRule("model/lm_head", "wte.weight" if model.tied else "lm_head.weight", embedding, "quantized")
+    yield TensorRule("model/lm_head", "lm_head.weight", embedding, "quantized")
 
 
 _RULES = {"llama": _llama, "gptneox": _gptneox, "bloom": _bloom, "starcoder": _starcoder}

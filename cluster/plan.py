@@ -13,14 +13,14 @@ from cluster.config_fields import NO_ENGINE
 from cluster.errors import CheckpointError, ConfigError
 from cluster.families import FAMILY_NAMES, EngineName, FamilyName, family_named
 from cluster.hyperparameters import Hyperparameters, read_hyperparameters
-from cluster.layouts import LAYOUTS, Layout, RowOrder, TensorRule, output_rows, tensor_rules
+from cluster.layouts import LAYOUTS, RowOrder, TensorRule, base_name, output_rows, tensor_rules
 from cluster.manifest import SHARD_BYTES, Quantization, Record, TensorEntry, TensorType
 from cluster.vocabulary import read_vocabulary
 from cluster.weights import TensorSource, require_convertible, weight_sources
 
 # Part of an artifact's content address: raise it whenever the same checkpoint would give other bytes,
 # or other engines would run them.
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 
 # bigdl-llm's own converter refuses bloom in 8 bits.
 _FAMILIES_OF: dict[str, tuple[FamilyName, ...]] = {
@@ -93,7 +93,7 @@ def plan_conversion(
     config = read_config(checkpoint)
     check_family(checkpoint, config, family)
     model = read_hyperparameters(checkpoint, config, family, quantization)
-    sources = _base_sources(weight_sources(checkpoint), LAYOUTS[family])
+    sources = _named_sources(checkpoint, family, model.tied)
     rules = _checked_rules(checkpoint, family, model, sources)
     container = ggml.CONTAINERS[family]
     head = ggml.pack_head(container, model.header, read_vocabulary(checkpoint, family, model.vocabulary))
@@ -125,9 +125,28 @@ def _check_quantization(family: FamilyName, quantization: str) -> None:
         )
 
 
-def _base_sources(sources: dict[str, TensorSource], layout: Layout) -> dict[str, TensorSource]:
-    """By names without the base model's prefix: checkpoints saved from the base model alone do not have it."""
-    return {name.removeprefix(layout.prefix): source for name, source in sources.items()}
+def _named_sources(checkpoint: Path, family: FamilyName, tied: bool) -> dict[str, TensorSource]:
+    """The stored tensors by the names that rules have, buffers left out.
+
+    Of a tied model, one matrix stands in for the other where that is not stored; where both are stored, each is used.
+    transformers 5 does the same (`PreTrainedModel.tie_weights`): it ties two stored matrices only if they are equal."""
+    layout = LAYOUTS[family]
+    sources: dict[str, TensorSource] = {}
+    for stored, source in weight_sources(checkpoint).items():
+        name = base_name(stored, layout)
+        if layout.buffers.fullmatch(name):
+            continue
+        if name in sources:
+            raise CheckpointError(
+                f"{checkpoint}: tensors {sources[name].name} and {stored} are both {name} of a {family} model; allowed"
+                " is one: save the checkpoint anew without the other"
+            )
+        sources[name] = source
+    if tied:
+        for missing, stored in ((layout.output, layout.embedding), (layout.embedding, layout.output)):
+            if missing not in sources and stored in sources:
+                sources[missing] = sources[stored]
+    return sources
 
 
 def _checked_rules(
@@ -139,8 +158,7 @@ def _checked_rules(
         source = sources.get(rule.source)
         if source is None:
             raise CheckpointError(
-                f"{checkpoint}: tensor {rule.source} is missing; a {family} model of {model.layers} layers has it:"
-                " download the checkpoint again"
+                f"{checkpoint}: tensor {rule.source} is missing; {_why(family, model, rule, sources)}"
             )
         require_convertible(source)
         if source.shape != rule.source_shape:
@@ -158,11 +176,29 @@ def _checked_rules(
     return rules
 
 
+def _why(family: FamilyName, model: Hyperparameters, rule: TensorRule, sources: dict[str, TensorSource]) -> str:
+    """What a missing tensor means, and what to do."""
+    layout = LAYOUTS[family]
+    matrices = {layout.embedding, layout.output}
+    if not model.tied and rule.source in matrices and matrices & sources.keys():
+        return (
+            "with tie_word_embeddings false, as in llama and gptneox where config.json leaves it out, a checkpoint has"
+            f" both {layout.embedding} and {layout.output}: take one of the whole model (ForCausalLM), or set"
+            " tie_word_embeddings to true if it was trained so"
+        )
+    foreign = next((source.name for name, source in sources.items() if name.endswith(f".{rule.source}")), None)
+    if foreign is not None:
+        return (
+            f"found {foreign}, allowed before it is {layout.prefix!r} or nothing: save the checkpoint anew without that"
+            " wrapper's prefix"
+        )
+    return f"a {family} model of {model.layers} layers has it: download the checkpoint again"
+
+
 def _refuse_unused(checkpoint: Path, family: FamilyName, used: set[str], sources: dict[str, TensorSource]) -> None:
     """A weight that would be left out (a bias, an adapter, one more layer) means that the model is another than an
     engine would compute."""
-    layout = LAYOUTS[family]
-    unused = [n for n in sources if n not in used and n != layout.output and not layout.ignored.fullmatch(n)]
+    unused = [name for name in sources if name not in used]
     if unused:
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
         raise CheckpointError(

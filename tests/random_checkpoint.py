@@ -10,7 +10,7 @@ import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,8 @@ class Shape(NamedTuple):
     seed: int = 0
     architecture: str | None = None  # of config.json, the family's first where None
     tokenizer: TokenizerKind | None = None  # None: a llama has sentencepiece's model, the others a byte-level BPE
+    # Which of token embedding and output matrix are stored; None: both, or the embedding alone where config.json ties.
+    stored: Literal["both", "output"] | None = None
 
 
 # One checkpoint a line of what the converter does differently; digests.json has llm_convert's result for each. They are
@@ -165,6 +167,23 @@ OPENVINO_SHAPES: dict[str, Shape] = {
     ),
 }
 
+# Forms of the two matrices in which transformers does not do what config.json alone says: a different output matrix is
+# stored though config.json ties, or that matrix alone; and the form that is rare in a family, untied or tied.
+_TIED = (("tie_word_embeddings", True),)
+_UNTIED = (("tie_word_embeddings", False),)
+TIED_SHAPES: dict[str, Shape] = {
+    "llama-output-differs": Shape("llama", feed_forward=192, config=_TIED, seed=31, stored="both"),
+    "llama-output-alone": Shape("llama", feed_forward=192, config=_TIED, seed=32, stored="output"),
+    "gptneox-output-differs": Shape("gptneox", config=_TIED, seed=33, stored="both"),
+    "gptneox-output-alone": Shape("gptneox", config=_TIED, seed=34, stored="output"),
+    "bloom-output-differs": Shape("bloom", seed=35, stored="both"),
+    "bloom-output-alone": Shape("bloom", seed=36, stored="output"),
+    "bloom-untied": Shape("bloom", config=_UNTIED, seed=37),
+    "starcoder-output-differs": Shape("starcoder", seed=38, stored="both"),
+    "starcoder-output-alone": Shape("starcoder", seed=39, stored="output"),
+    "starcoder-untied": Shape("starcoder", config=_UNTIED, seed=40),
+}
+
 
 def write_random_checkpoint(
     folder: Path, shape: Shape, *, shards: int = 1, base_names: bool = False, write: WriteWeights | None = None
@@ -177,7 +196,10 @@ def write_random_checkpoint(
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     write_tokenizer(folder, shape)
     model, layout = read_hyperparameters(folder, config, shape.family), LAYOUTS[shape.family]
-    shapes = {rule.source: rule.source_shape for rule in tensor_rules(shape.family, model)}
+    left_out = layout.output if model.tied else None
+    if shape.stored is not None:
+        left_out = {"both": None, "output": layout.embedding}[shape.stored]
+    shapes = {rule.source: rule.source_shape for rule in tensor_rules(shape.family, model) if rule.source != left_out}
     tensors = {}
     for name in sorted(shapes):
         full_name = name if base_names or name == layout.output else layout.prefix + name

@@ -33,6 +33,8 @@ def write_checkpoint(folder: Path, shape: Shape, files: int) -> None:
     layout, model = LAYOUTS[shape.family], read_hyperparameters(folder, config, shape.family)
     shapes: Shapes = {}
     for rule in tensor_rules(shape.family, model):
+        if model.tied and rule.source == layout.output:
+            continue
         shapes[rule.source if rule.source == layout.output else layout.prefix + rule.source] = rule.source_shape
     weight_map = {}
     for i, names in enumerate(parts(shapes, files)):

@@ -1,4 +1,5 @@
-"""What the demos do not show: artifacts in eight bits and of grouped queries, run by the libraries in child processes.
+"""What the demos do not show: artifacts in eight bits, of grouped queries and with an output matrix that config.json
+does not speak of, run by the libraries in child processes.
 
 Logits are compared with those of the INT4 demo or of the same model written out: rounding is all that may differ.
 """
@@ -15,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.families import FamilyName
+from cluster.families import FAMILY_NAMES, FamilyName
 from cluster.isa import choose_isa
+from cluster.layouts import LAYOUTS
 from cluster.weights import WeightsReader, weight_sources
 from deployments.engines.base import SamplingParams, TokenRequest
 from deployments.engines.bigdl import BigdlEngine
@@ -90,6 +92,27 @@ def grouped_demo(folder: Path) -> Path:
             tensors[name] = (source.type, shape, reader.rows(source, 0, count).tobytes())
     write_weights(folder, tensors)
     return folder
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_a_stored_output_matrix_is_used_though_config_ties(
+    family: FamilyName, demo_artifact: Callable[[FamilyName], Path], tmp_path: Path
+) -> None:
+    """Its rows are the demo's, each in the place of the next, and so are then the logits."""
+    layout, checkpoint = LAYOUTS[family], tmp_path / "checkpoint"
+    shutil.copytree(DEMOS / family, checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = {}
+    with WeightsReader(DEMOS / family) as reader:
+        for name, source in weight_sources(DEMOS / family).items():
+            tensors[name] = (source.type, source.shape, reader.rows(source, 0, source.shape[0]).tobytes())
+    kind, shape, data = tensors.get(layout.output) or tensors[layout.prefix + layout.embedding]
+    row = len(data) // shape[0]
+    tensors[layout.output] = (kind, shape, data[-row:] + data[:-row])
+    write_weights(checkpoint, tensors)
+    found = logits_of(convert_here(checkpoint, family, tmp_path / "artifact"))
+    assert np.array_equal(found, np.roll(logits_of(demo_artifact(family)), 1))
 
 
 def test_a_llama_of_grouped_queries_passes_the_check(tmp_path: Path) -> None:

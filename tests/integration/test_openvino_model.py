@@ -32,7 +32,13 @@ from deployments.engines.q4_layout import PRODUCT_FLAGS, wants_tiles
 from deployments.engines.q4_product import Q4Product
 from deployments.engines.q4_threads import Q4Threads
 from tests.conftest import convert_here
-from tests.random_checkpoint import OPENVINO_SHAPES, SHAPES, write_lively_weights, write_random_checkpoint
+from tests.random_checkpoint import (
+    OPENVINO_SHAPES,
+    SHAPES,
+    TIED_SHAPES,
+    write_lively_weights,
+    write_random_checkpoint,
+)
 
 REFERENCE = Path(__file__).parent.parent / "reference"
 RANDOM = {path.stem for path in (REFERENCE / "logits").glob("*.npz")} - set(FAMILY_NAMES)
@@ -85,7 +91,7 @@ def random_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
     def artifact(name: str, quantization: Quantization = "q4_0") -> Path:
         if (name, quantization) not in made:
-            folder, shape = tmp_path_factory.mktemp(name), {**SHAPES, **OPENVINO_SHAPES}[name]
+            folder, shape = tmp_path_factory.mktemp(name), {**SHAPES, **OPENVINO_SHAPES, **TIED_SHAPES}[name]
             write_random_checkpoint(folder / "checkpoint", shape, write=write_lively_weights)
             made[name, quantization] = convert_here(
                 folder / "checkpoint", shape.family, folder / "artifact", quantization
@@ -96,7 +102,7 @@ def random_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 
 def test_every_shape_that_only_this_engine_runs_has_a_reference() -> None:
-    assert set(OPENVINO_SHAPES) <= RANDOM
+    assert set(OPENVINO_SHAPES) | set(TIED_SHAPES) <= RANDOM
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

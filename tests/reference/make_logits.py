@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from cluster.families import FAMILY_NAMES, FamilyName
 from cluster.ggml import data_bytes
 from cluster.hyperparameters import read_hyperparameters
-from cluster.layouts import LAYOUTS, tensor_rules
+from cluster.layouts import LAYOUTS, base_name, tensor_rules
 from cluster.quantize import Quantizer
 from cluster.sources import DEMOS
 from cluster.weights import WeightsReader, weight_sources
@@ -30,6 +30,7 @@ from deployments.engines.ggml_blocks import dequantize
 from tests.random_checkpoint import (
     OPENVINO_SHAPES,
     SHAPES,
+    TIED_SHAPES,
     Tensors,
     write_lively_weights,
     write_random_checkpoint,
@@ -38,9 +39,10 @@ from tests.random_checkpoint import (
 
 OUT = Path(__file__).parent / "logits"
 TOKENS = 48
+TOKENS_OF_TIED = 16
 # Besides those that engine openvino alone runs: key and value heads that artifacts repeat, and other forms of a layer.
 CONVERTED = ("llama-grouped", "gptneox-sequential", "gptneox-tied", "bloom-wide", "starcoder-wide")
-RANDOM = {**{name: SHAPES[name] for name in CONVERTED}, **OPENVINO_SHAPES}
+RANDOM = {**{name: SHAPES[name] for name in CONVERTED}, **OPENVINO_SHAPES, **TIED_SHAPES}
 
 
 def logits_of(folder: Path, family: FamilyName, ids: list[int]) -> np.ndarray:
@@ -58,9 +60,7 @@ def dequantized_tensors(folder: Path, family: FamilyName) -> Tensors:
     tensors: Tensors = {}
     with WeightsReader(folder) as reader:
         for name, source in weight_sources(folder).items():
-            rule = rules.get(name.removeprefix(LAYOUTS[family].prefix))
-            if rule is None:  # a tied output matrix that was saved all the same
-                continue
+            rule = rules[base_name(name, LAYOUTS[family])]
             values = reader.rows(source, 0, source.shape[0])
             if source.type == "BF16":
                 values = (values.astype(np.uint32) << 16).view(np.float32)
@@ -87,7 +87,8 @@ def main() -> None:
                     write_random_checkpoint(Path(scratch), RANDOM[name], write=write_lively_weights),
                     RANDOM[name].family,
                 )
-                ids = [(37 * i + 11) % RANDOM[name].vocabulary for i in range(TOKENS)]
+                count = TOKENS_OF_TIED if name in TIED_SHAPES else TOKENS
+                ids = [(37 * i + 11) % RANDOM[name].vocabulary for i in range(count)]
             logits = logits_of(folder, family, ids)
         np.savez_compressed(OUT / f"{name}.npz", input_ids=ids, logits=logits.astype(np.float16))
         print(f"{name}: {(OUT / f'{name}.npz').stat().st_size} bytes, RMS {logits.std():.3f}")
