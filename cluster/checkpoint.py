@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from cluster.digests import stream_sha256
 from cluster.errors import CheckpointError
-from cluster.families import FAMILIES, FamilyName
+from cluster.families import ELSEWHERE, FAMILIES, FamilyName, architecture_names, fitting_family
 from cluster.isa import available_cores
 from cluster.weights import open_binary, weight_files
 
@@ -72,18 +72,16 @@ def companion_files(checkpoint: Path) -> tuple[str, ...]:
 
 def check_family(checkpoint: Path, config: dict[str, Any], family: FamilyName) -> None:
     """Raises CheckpointError where config.json describes another family's model; the message says which fits."""
-    row = FAMILIES[family]
-    architectures, found = config.get("architectures"), config.get("model_type")
-    names = [name for name in architectures if isinstance(name, str)] if isinstance(architectures, list) else []
-    if names:
-        fits = next((f.name for f in FAMILIES.values() if set(names) & set(f.architectures)), None)
-        described, allowed = f"architectures: found {', '.join(names)}", row.architectures
-    else:
-        fits = next((f.name for f in FAMILIES.values() if found in f.model_types), None)
-        described, allowed = f"model_type: found {found!r}", row.model_types
+    row, model_type, architectures = FAMILIES[family], config.get("model_type"), config.get("architectures")
+    fits, names = fitting_family(model_type, architectures), architecture_names(architectures)
     if fits == family:
         return
+    if names and fitting_family(None, architectures) != family:
+        described, allowed = f"architectures: found {', '.join(names)}", row.architectures
+    else:
+        described, allowed = f"model_type: found {model_type!r:.100}", row.model_types
     advice = f"this is family {fits}: convert it as that" if fits else "no family of nibble fits this checkpoint"
+    advice = next((ELSEWHERE[name] for name in names if name in ELSEWHERE), advice)
     raise CheckpointError(
         f"{checkpoint / CONFIG_FILE}: {described}; family {family} allows {', '.join(allowed)}; {advice}"
     )

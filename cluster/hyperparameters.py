@@ -4,6 +4,9 @@ What neither engine computes as transformers does is refused. What bigdl-llm's r
 word, or abort on, is an obstacle to that engine alone: they read the handful of integers in the binary's head and
 hard-code everything else. Engine openvino builds its graph from these numbers and has none of these limits.
 
+Of a field with two names, the one that transformers lets win is read first: where a configuration has both, the name of
+its `attribute_map` and bloom's n_embed overwrite the other.
+
 Hard-coded by the runtimes: rotary base 10000 without scaling; the tanh form of GELU (SiLU in llama), with which models
 made with the erf form agree as well as others; epsilon 1e-5 in layer norms and 1e-6 in llama's. A layer norm with
 another epsilon is an obstacle: with small activations logits were off by a quarter. A llama may have up to 1e-5, as
@@ -24,13 +27,17 @@ from cluster.rotary import Rotary, read_rotary, rotary_width
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
-# By transformers' names: "gelu" is the form with erf, the others that with tanh.
+# By transformers' names (`transformers.activations`): the form with erf, and the same function with tanh in its place.
 _GELU: dict[str, Activation] = {
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
 }
+_SILU = ("silu", "swish")
 _LAYER_NORM_EPSILON = 1e-5
 _MAX_LLAMA_EPSILON = 1e-5
 
@@ -95,7 +102,7 @@ def _llama(config: Config, kind: int) -> Hyperparameters:
         raise config.refuse("num_key_value_heads", key_value_heads, f"a divisor of num_attention_heads, {heads}")
     config.require("head_dim", width // heads, default=width // heads, why="hidden_size / num_attention_heads")
     config.require("mlp_bias", False, default=False, why="the feed-forward has no biases")
-    config.choice("hidden_act", choices=("silu",), default="silu")
+    config.choice("hidden_act", choices=_SILU, default="silu")
     output_bias = variant == "llama" and config.flag("attention_bias", False)
     if output_bias:
         config.hinder_bigdl("attention_bias", True, "False: the llama runtime adds no biases")
@@ -126,9 +133,8 @@ def _llama(config: Config, kind: int) -> Hyperparameters:
 
 
 def _llama_variant(config: Config) -> str:
-    """llama, mistral or qwen2, as check_family finds the family: by "architectures", else by "model_type"."""
-    name = "architectures" if config.get("architectures")[1] else "model_type"
-    found = config.get(name)[1]
+    """llama, mistral or qwen2, as transformers finds it: by "model_type", whatever "architectures" says beside it."""
+    name, found = config.get("model_type", "architectures")
     described = str(found).lower()
     for variant, difference in (("mistral", "no sliding window"), ("qwen2", "no biases")):
         if variant in described:
@@ -184,9 +190,9 @@ def _gptneox(config: Config, kind: int) -> Hyperparameters:
 
 
 def _bloom(config: Config, kind: int) -> Hyperparameters:
-    vocabulary, width = config.integer("vocab_size"), config.integer("hidden_size", "n_embed")
-    layers = config.integer("n_layer", "num_hidden_layers")
-    heads = _heads(config, width, "n_head", "num_attention_heads")
+    vocabulary, width = config.integer("vocab_size"), config.integer("n_embed", "hidden_size")
+    layers = config.integer("num_hidden_layers", "n_layer")
+    heads = _heads(config, width, "num_attention_heads", "n_head")
     config.require("apply_residual_connection_post_layernorm", False, default=False, why="the residual is taken before")
     return Hyperparameters(
         vocabulary=vocabulary,
@@ -204,10 +210,10 @@ def _bloom(config: Config, kind: int) -> Hyperparameters:
 
 
 def _starcoder(config: Config, kind: int) -> Hyperparameters:
-    vocabulary, width = config.integer("vocab_size"), config.integer("n_embd", "hidden_size")
-    context = config.integer("n_positions", "max_position_embeddings")
-    layers = config.integer("n_layer", "num_hidden_layers")
-    heads = _heads(config, width, "n_head", "num_attention_heads")
+    vocabulary, width = config.integer("vocab_size"), config.integer("hidden_size", "n_embd")
+    context = config.integer("max_position_embeddings", "n_positions")
+    layers = config.integer("num_hidden_layers", "n_layer")
+    heads = _heads(config, width, "num_attention_heads", "n_head")
     config.require("multi_query", True, default=True, why="its one key and value head is repeated for every head")
     config.require("scale_attn_weights", True, default=True, why="attention weights are scaled")
     config.require("add_cross_attention", False, default=False, why="there is a decoder only")

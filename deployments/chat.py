@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from jinja2 import TemplateError
 
 from cluster.errors import InvalidRequestError
-from cluster.families import FAMILIES, FamilyName
+from cluster.families import FamilyName, fitting_family
 
 Role = Literal["system", "user", "assistant"]
 
@@ -90,9 +90,4 @@ class ChatTemplate:
 
 def _family(config: dict[str, Any]) -> FamilyName:
     """As config.json tells; llama for what it leaves open, as that transcript suits any model."""
-    names = config.get("architectures") or ()
-    for family in FAMILIES.values():
-        if any(name in family.architectures for name in names):
-            return family.name
-    found = config.get("model_type")
-    return next((family.name for family in FAMILIES.values() if found in family.model_types), "llama")
+    return fitting_family(config.get("model_type"), config.get("architectures")) or "llama"

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.checkpoint import checkpoint_digest, companion_files, read_config
+from cluster.checkpoint import check_family, checkpoint_digest, companion_files, read_config
 from cluster.errors import CheckpointError
+from cluster.families import FAMILY_NAMES, FamilyName
 from tests.random_checkpoint import SHAPES, write_random_checkpoint
 
 
@@ -30,6 +31,21 @@ def test_a_config_that_is_no_json_object_is_refused(content: str, message: str, 
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(CheckpointError, match=rf"config\.json: {message}"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_santacoder_in_its_first_form_is_told_where_the_other_is(family: FamilyName, tmp_path: Path) -> None:
+    config = {"architectures": ["GPT2LMHeadCustomModel"], "model_type": "gpt2"}
+    message = r"found GPT2LMHeadCustomModel; family \w+ allows .*; bigcode/gpt_bigcode-santacoder has .*: take that"
+    with pytest.raises(CheckpointError, match=message):
+        check_family(tmp_path, config, family)
+
+
+def test_of_a_model_type_that_contradicts_the_architecture_the_model_type_is_named(tmp_path: Path) -> None:
+    config = {"architectures": ["BloomForCausalLM"], "model_type": "gpt_neox"}
+    with pytest.raises(CheckpointError, match=r"model_type: found 'gpt_neox'; family bloom allows bloom; this is fam"):
+        check_family(tmp_path, config, "bloom")
+    check_family(tmp_path, config, "gptneox")
 
 
 def test_companion_files_are_config_and_tokenizer_as_far_as_present(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BloomConfig, GPTBigCodeConfig
 
 from cluster.errors import CheckpointError
 from cluster.families import FAMILY_NAMES, FamilyName
-from cluster.hyperparameters import Hyperparameters, read_hyperparameters, require_engine
+from cluster.hyperparameters import Activation, Hyperparameters, read_hyperparameters, require_engine
 from cluster.rotary import Rotary
 
 CONFIGS: dict[FamilyName, dict[str, Any]] = {
@@ -61,6 +62,51 @@ def test_names_that_transformers_5_writes_are_read() -> None:
     assert read("gptneox", **changes).header[5] == 32
     assert read("gptneox", rotary_pct=None).header[5] == 32  # transformers' default is 0.25
     assert read("llama", rope_parameters={"rope_type": "default", "rope_theta": 10000.0}) == read("llama")
+
+
+# transformers' own answer for a configuration that has both names, for instance BloomConfig(n_layer=3,
+# num_hidden_layers=4).n_layer == 4.
+ALIASES: list[tuple[FamilyName, str, str, str]] = [
+    ("bloom", "n_embed", "hidden_size", "width"),
+    ("bloom", "num_hidden_layers", "n_layer", "layers"),
+    ("bloom", "num_attention_heads", "n_head", "heads"),
+    ("starcoder", "hidden_size", "n_embd", "width"),
+    ("starcoder", "max_position_embeddings", "n_positions", "context"),
+    ("starcoder", "num_hidden_layers", "n_layer", "layers"),
+    ("starcoder", "num_attention_heads", "n_head", "heads"),
+]
+
+
+@pytest.mark.parametrize(("family", "wins", "loses", "attribute"), ALIASES)
+def test_a_field_with_two_names_is_read_as_transformers_does(
+    family: FamilyName, wins: str, loses: str, attribute: str
+) -> None:
+    assert getattr(read(family, **{wins: 64, loses: None}), attribute) == 64
+    assert getattr(read(family, **{wins: None, loses: 64}), attribute) == 64
+    assert getattr(read(family, **{wins: 64, loses: 128}), attribute) == 64
+
+
+def test_transformers_gives_a_field_with_two_names_the_same_value() -> None:
+    for family, wins, loses, _ in ALIASES:
+        config = {"bloom": BloomConfig, "starcoder": GPTBigCodeConfig}[family](**{wins: 64, loses: 128})
+        name = loses if wins in config.attribute_map else "hidden_size"
+        assert getattr(config, name) == 64, (family, wins)
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "names", "activation"),
+    [
+        ("llama", "hidden_act", ["silu", "swish"], "silu"),
+        ("gptneox", "hidden_act", ["gelu", "gelu_python"], "gelu"),
+        ("gptneox", "hidden_act", ["gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"], "gelu_tanh"),
+        ("starcoder", "activation_function", ["gelu", "gelu_python"], "gelu"),
+        ("starcoder", "activation_function", ["gelu_new", "gelu_fast", "gelu_pytorch_tanh"], "gelu_tanh"),
+    ],
+)
+def test_activations_by_each_of_their_names(
+    family: FamilyName, field: str, names: list[str], activation: Activation
+) -> None:
+    assert {read(family, **{field: name}).activation for name in names} == {activation}
 
 
 def test_tied_embeddings_by_default_as_in_transformers() -> None:
@@ -164,6 +210,25 @@ def test_biases_of_a_llama_and_of_qwen2() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "bias", "window"),
+    [
+        ({"architectures": ["LLaMAForCausalLM"]}, False, None),
+        ({"architectures": ["Qwen2Model"]}, True, None),
+        ({"architectures": ["MistralModel"]}, False, 4096),
+        # transformers goes by the model type.
+        ({"architectures": ["MistralForCausalLM"], "model_type": "llama"}, False, None),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "mistral"}, False, 4096),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "qwen2"}, True, None),
+    ],
+)
+def test_the_variant_of_a_llama_is_told_by_its_model_type(
+    changes: dict[str, Any], bias: bool, window: int | None
+) -> None:
+    model = read("llama", **changes)
+    assert (model.attention_bias, model.sliding_window) == (bias, window)
+
+
+@pytest.mark.parametrize(
     ("changes", "window"),
     [
         ({"sliding_window": 4096}, None),  # a llama has none
@@ -201,7 +266,7 @@ REFUSED: list[tuple[FamilyName, str, Any, str]] = [
     ("llama", "head_dim", 64, "hidden_size / num_attention_heads; no engine of this version runs it"),
     ("llama", "mlp_bias", True, "the feed-forward has no biases; no engine of this version runs it"),
     ("llama", "attention_bias", "yes", "true or false"),
-    ("llama", "hidden_act", "gelu", "one of silu; no engine of this version runs it"),
+    ("llama", "hidden_act", "gelu", "one of silu, swish; no engine of this version runs it"),
     ("llama", "rms_norm_eps", "small", "a number above 0"),
     ("llama", "rms_norm_eps", 0, "a number above 0"),
     ("llama", "rms_norm_eps", float("nan"), "a number above 0"),
@@ -216,7 +281,12 @@ REFUSED: list[tuple[FamilyName, str, Any, str]] = [
     ("llama", "num_attention_heads", 4096, "an even quotient"),
     ("llama", "tie_word_embeddings", "no", "true or false"),
     ("llama", "quantization_config", {"quant_method": "gptq"}, "not quantized"),
-    ("gptneox", "hidden_act", "relu", "one of gelu, gelu_new, gelu_fast, gelu_pytorch_tanh; no engine"),
+    (
+        "gptneox",
+        "hidden_act",
+        "relu",
+        "one of gelu, gelu_python, gelu_new, gelu_fast, gelu_accurate, gelu_pytorch_tanh",
+    ),
     ("gptneox", "rotary_pct", 0, "above 0, at most 1"),
     ("gptneox", "rotary_pct", 1.5, "above 0, at most 1"),
     ("gptneox", "rotary_pct", 0.01, "an even number"),

@@ -121,14 +121,15 @@ def test_unknown_family_and_quantization_and_shard_size_are_refused(bloom: Path)
 
 
 def test_a_family_that_does_not_fit_is_refused_and_the_right_one_named(bloom: Path) -> None:
-    allowed = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"
+    allowed = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, LlamaModel, MistralModel, Qwen2Model"
     with pytest.raises(
         CheckpointError, match=rf"found BloomForCausalLM; family llama allows {allowed}; this is family"
     ):
         plan_conversion(bloom, "llama")
-    change_config(bloom, architectures=["T5ForConditionalGeneration"])
-    with pytest.raises(CheckpointError, match="no family of nibble fits"):
-        plan_conversion(bloom, "bloom")
+    for other in ("T5ForConditionalGeneration", "BloomForSequenceClassification"):
+        change_config(bloom, architectures=[other])
+        with pytest.raises(CheckpointError, match=f"architectures: found {other}.*no family of nibble fits"):
+            plan_conversion(bloom, "bloom")
     change_config(bloom, architectures=None, model_type="gpt_neox")
     with pytest.raises(CheckpointError, match=r"model_type: found 'gpt_neox'.*this is family gptneox"):
         plan_conversion(bloom, "bloom")
