@@ -3,7 +3,8 @@
 NibbleError
 ├── ConfigError              a value in the configuration or on the command line
 ├── CheckpointError          the checkpoint folder cannot be converted as it is
-│   └── HubUnavailableError  the Hub cannot be asked now: what was kept of the checkpoint may do
+│   ├── HubUnavailableError  the Hub cannot be asked now: what was kept of the checkpoint may do
+│   └── NoRepositoryError    the Hub has no such repository, or shows it to others only
 ├── ConversionError          a conversion task or the check of its result failed
 ├── ArtifactError            an artifact is missing, damaged or does not fit its manifest
 ├── EngineError              an engine cannot be loaded on this node, or failed while running
@@ -39,6 +40,10 @@ class CheckpointError(NibbleError):
 
 class HubUnavailableError(CheckpointError):
     """Offline, unreachable, limiting the rate, or broken."""
+
+
+class NoRepositoryError(CheckpointError):
+    """401 or 404: the Hub answers the former where no token was sent, whether a repository is private or missing."""
 
 
 class ConversionError(NibbleError):

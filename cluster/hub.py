@@ -32,7 +32,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from cluster.checkpoint import COMPANION_FILES, CONFIG_FILE, PlanningFolder, file_sha256
-from cluster.errors import CheckpointError, HubUnavailableError
+from cluster.errors import CheckpointError, HubUnavailableError, NoRepositoryError
+from cluster.families import FAMILIES
 from cluster.hub_requests import ATTEMPTS, DamagedDownloadError, ask
 from cluster.weights import FORMS
 
@@ -57,7 +58,8 @@ def resolve_revision(repo: str, revision: str | None) -> str:
     """The commit a revision stands for: a full commit is itself, for another the Hub is asked. Where it cannot be, the
     commit that it was last in this node's Hub cache goes, with a warning.
 
-    Raises HubUnavailableError where the cache has none, CheckpointError where there is no such repository or revision.
+    Raises HubUnavailableError where the cache has none, CheckpointError where there is no such repository or revision;
+    of a family's default repository, the message names others that fit.
     """
     if revision and _COMMIT.fullmatch(revision):
         return revision
@@ -77,9 +79,23 @@ def resolve_revision(repo: str, revision: str | None) -> str:
             raise
         logger.warning("%s. Going on with commit %s, the last that this node knows", error, cached)
         return cached
+    except NoRepositoryError as error:
+        raise NoRepositoryError(f"{error}{_instead_of(repo)}") from error
     if commit != cached:
         _cache_commit(repo, revision, commit)
     return commit
+
+
+def _instead_of(repo: str) -> str:
+    """What to take where a family's default is gone; empty for another repository."""
+    family = next((family for family in FAMILIES.values() if family.default_repo == repo), None)
+    if family is None:
+        return ""
+    return (
+        f". It is the default of family {family.name}; others that fit: {', '.join(family.alternatives)}. Name one as"
+        f" checkpoint, for instance: nibble pipeline --model-family {family.name} --repo-id-or-model-path"
+        f" {family.alternatives[0]}"
+    )
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     RevisionNotFoundError,
 )
 
-from cluster.errors import CheckpointError, HubUnavailableError
+from cluster.errors import CheckpointError, HubUnavailableError, NoRepositoryError
 
 logger = logging.getLogger(__name__)
 
@@ -127,12 +127,12 @@ def _refusal(what: str, answer: HfHubHTTPError, attempts: int) -> CheckpointErro
     if isinstance(answer, EntryNotFoundError):
         return CheckpointError(f"{what}: no such file at this revision")
     if status == 401:
-        return CheckpointError(
+        return NoRepositoryError(
             f"{what}: {where} says unauthorized ({status}): there is no such repository, or it is private, or the token"
             " is wrong: check the name, and set HF_TOKEN to a token that may read it, on every node"
         )
     if isinstance(answer, RepositoryNotFoundError) or status == 404:
-        return CheckpointError(f"{what}: {where} has no such repository: check the name")
+        return NoRepositoryError(f"{what}: {where} has no such repository: check the name")
     if status == 429:
         wait = _retry_after(answer)
         when = f"in {wait:.0f} s" if wait else "later"

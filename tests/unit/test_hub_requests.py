@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import CheckpointError
+from cluster.families import FAMILIES, FAMILY_NAMES, FamilyName
 from cluster.hub import HEADER_GUESS_BYTES, resolve_revision
 from cluster.sources import open_source
 from tests.hub_lookalike import HubLookalike
@@ -45,6 +46,21 @@ def test_a_gated_repository_says_how_to_get_in(hub: HubLookalike, tmp_path: Path
     hub.repositories["org/model"].gated = True
     with pytest.raises(CheckpointError, match=r"org/model@.* is gated .403.: accept its conditions .* set HF_TOKEN"):
         plan("org/model")
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_missing_default_names_repositories_that_fit(hub: HubLookalike, family: FamilyName, status: int) -> None:
+    row = FAMILIES[family]
+    hub.fail(status)
+    with pytest.raises(CheckpointError) as refusal:
+        open_source(row.default_repo)
+    text = str(refusal.value)
+    assert text.startswith(f"checkpoint: {row.default_repo}: the Hub at")
+    assert f"({status})" in text or "no such repository" in text
+    assert f"It is the default of family {family}; others that fit: {', '.join(row.alternatives)}." in text
+    assert text.endswith(f"--model-family {family} --repo-id-or-model-path {row.alternatives[0]}")
+    assert "\n" not in text
 
 
 def test_a_missing_repository_revision_and_file_are_told_apart(hub: HubLookalike, tmp_path: Path) -> None:
