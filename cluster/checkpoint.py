@@ -6,17 +6,16 @@ Nothing in a checkpoint is ever executed: no trust_remote_code, no pickle.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cluster.digests import stream_sha256
+from cluster.checkpoint_files import open_binary, read_json_object
 from cluster.errors import CheckpointError
 from cluster.families import ELSEWHERE, FAMILIES, FamilyName, architecture_names, fitting_family
 from cluster.isa import available_cores
-from cluster.weights import open_binary, weight_files
+from cluster.weights import content_sha256, weight_files
 
 CONFIG_FILE = "config.json"
 # What transformers reads to tokenize and generate: everything an engine may want beside the binary.
@@ -53,21 +52,19 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     return read_json_object(path)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: found a JSON {type(value).__name__}, allowed is an object")
-    return value
-
-
 def companion_files(checkpoint: Path) -> tuple[str, ...]:
     """The names of the files that go beside the binary, as far as the checkpoint has them."""
     return tuple(name for name in COMPANION_FILES if (checkpoint / name).is_file())
+
+
+def check_companions(checkpoint: Path) -> None:
+    """Raises CheckpointError for a file beside the weights that cannot be what its name says: JSON that is none, or a
+    Git LFS pointer. Every reader of them, transformers among them, may then take them as they are."""
+    for name in companion_files(checkpoint):
+        if name.endswith(".json"):
+            read_json_object(checkpoint / name)
+        else:
+            open_binary(checkpoint / name).close()
 
 
 def check_family(checkpoint: Path, config: dict[str, Any], family: FamilyName) -> None:
@@ -90,19 +87,14 @@ def check_family(checkpoint: Path, config: dict[str, Any], family: FamilyName) -
 def checkpoint_digest(checkpoint: Path, known_sha256: Mapping[str, str] | None = None) -> str:
     """sha256 over the name, length and sha256 of every file that a conversion uses. The first half of an artifact's
     content address: two checkpoints with the same content have the same digest, in whatever folder or on the Hub.
-    `known_sha256`: of files that need not be read, by name."""
+    `known_sha256`: of files that need not be read, by name. Raises CheckpointError for a file that is read and does not
+    have the checksums that are in it."""
     read_config(checkpoint)
     known = known_sha256 or {}
     names = (*companion_files(checkpoint), *weight_files(checkpoint))
     digest = hashlib.sha256()
     with ThreadPoolExecutor(available_cores()) as pool:
-        hashes = pool.map(lambda name: known.get(name) or file_sha256(checkpoint / name), names)
+        hashes = pool.map(lambda name: known.get(name) or content_sha256(checkpoint / name), names)
         for name, sha256 in zip(names, hashes, strict=True):
             digest.update(f"{name}\0{(checkpoint / name).stat().st_size}\0{sha256}\0".encode())
     return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Of the content, read as a stream. Raises CheckpointError where the file cannot be read."""
-    with open_binary(path) as file:
-        return stream_sha256(file)

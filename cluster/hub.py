@@ -31,7 +31,8 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     hf_raise_for_status,
 )
 
-from cluster.checkpoint import COMPANION_FILES, CONFIG_FILE, PlanningFolder, file_sha256
+from cluster.checkpoint import COMPANION_FILES, CONFIG_FILE, PlanningFolder
+from cluster.digests import file_sha256
 from cluster.errors import CheckpointError, HubUnavailableError, NoRepositoryError
 from cluster.families import FAMILIES
 from cluster.hub_requests import ATTEMPTS, DamagedDownloadError, ask

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cluster import ggml
-from cluster.checkpoint import check_family, companion_files, read_config
+from cluster.checkpoint import check_companions, check_family, companion_files, read_config
 from cluster.config_fields import NO_ENGINE
 from cluster.errors import CheckpointError, ConfigError
 from cluster.families import FAMILY_NAMES, EngineName, FamilyName, family_named
@@ -92,6 +92,7 @@ def plan_conversion(
         raise ConfigError(f"shard_bytes: found {shard_bytes}, allowed is 1 or more")
     config = read_config(checkpoint)
     check_family(checkpoint, config, family)
+    check_companions(checkpoint)
     model = read_hyperparameters(checkpoint, config, family, quantization)
     sources = _named_sources(checkpoint, family, model.tied)
     rules = _checked_rules(checkpoint, family, model, sources)

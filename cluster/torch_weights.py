@@ -4,8 +4,8 @@ A pickle is a program: unpickling one calls whatever it names. Here its opcodes 
 knows the few of them that a state dict is written with and calls nothing: a tensor is a record of where its numbers
 lie, and any other name than those in the tables below is refused. Two formats:
 
-zip     since torch 1.6: uncompressed entries NAME/data.pkl and NAME/data/KEY, one a storage (the raw numbers that one
-        or several tensors share); the local header of each entry says where its bytes begin.
+zip     since torch 1.6: uncompressed entries NAME/data.pkl and NAME/data/KEY, one a storage: the raw numbers that one
+        or several tensors share (`cluster.torch_archive`).
 legacy  before: pickles of a magic number, a version, facts of the machine, the state dict and the list of the
         storages' keys, one after another; then, in that order, each storage's length as an int64 and its numbers.
 """
@@ -19,9 +19,17 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
+from cluster.digests import stream_sha256
 from cluster.errors import CheckpointError
+from cluster.torch_archive import (
+    ZIP_START,
+    ArchiveEntry,
+    DamagedEntryError,
+    MalformedError,
+    archive_entries,
+    checked_sha256,
+)
 
-_ZIP_START, _LOCAL_HEADER_BYTES = b"PK\x03\x04", 30
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 _MAX_PICKLE_BYTES = 100_000_000  # as for a header of safetensors
 
@@ -67,20 +75,13 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class _MalformedError(ValueError):
-    """What is wrong with the pickle, for the message that names the file."""
-
-
 def stored_tensors(file: BinaryIO, path: Path) -> list[StoredTensor]:
     """The tensors of an open file. Raises CheckpointError, naming `path`, for a file that torch.save did not write,
     that is truncated, or whose pickle does anything but hold a dictionary of tensors."""
     try:
-        file.seek(0)
-        begins_as_zip = file.read(len(_ZIP_START)) == _ZIP_START
-        file.seek(0)
-        state, begin_of = _read_zip(file) if begins_as_zip else _read_legacy(file)
+        state, begin_of = _read_zip(file) if _begins_as_zip(file) else _read_legacy(file)
         return [_placed(name, tensor, begin_of) for name, tensor in _tensors(state)]
-    except _MalformedError as error:
+    except MalformedError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (ValueError, TypeError, LookupError, MemoryError, NotImplementedError, OSError, zipfile.BadZipFile) as error:
         raise CheckpointError(
@@ -88,12 +89,36 @@ def stored_tensors(file: BinaryIO, path: Path) -> list[StoredTensor]:
         ) from error
 
 
+def file_sha256(file: BinaryIO, path: Path) -> str:
+    """Of the whole open file, which `stored_tensors` accepts. Raises CheckpointError, naming the tensors, where bytes
+    of a zip file do not have the CRC-32 that it says. (The legacy format has no checksum.)"""
+    if not _begins_as_zip(file):
+        return stream_sha256(file)
+    try:
+        return checked_sha256(file)
+    except DamagedEntryError as error:
+        entry = error.entry
+        names = [t.name for t in stored_tensors(file, path) if entry.begin <= t.offset < entry.end]
+        what = f"tensor {', '.join(names)}" if names else f"entry {entry.name}"
+        raise CheckpointError(
+            f"{path}: {what} is damaged: its bytes have the CRC-32 {error.found:08x}, the file says"
+            f" {entry.crc32:08x}: download the file again"
+        ) from error
+
+
+def _begins_as_zip(file: BinaryIO) -> bool:
+    file.seek(0)
+    begins = file.read(len(ZIP_START)) == ZIP_START
+    file.seek(0)
+    return begins
+
+
 def _tensors(state: object) -> list[tuple[str, _Tensor]]:
     if not isinstance(state, dict):
-        raise _MalformedError(f"holds a {type(state).__name__}, allowed is a dictionary of tensors")
+        raise MalformedError(f"holds a {type(state).__name__}, allowed is a dictionary of tensors")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, _Tensor):
-            raise _MalformedError(
+            raise MalformedError(
                 f"{name!r:.100} is a {type(value).__name__.lstrip('_').lower()}, allowed are tensors by name: save the"
                 " model's state_dict alone"
             )
@@ -109,7 +134,7 @@ def _placed(name: str, tensor: _Tensor, begin_of: Callable[[_Storage], int]) -> 
     if count and any(stride != expected for length, stride, expected in pairs if length > 1):
         kind = f"{storage.type} with strides {list(tensor.strides)}"
     elif tensor.first + count > storage.length:
-        raise _MalformedError(f"tensor {name} ends behind its storage of {storage.length} numbers: download it again")
+        raise MalformedError(f"tensor {name} ends behind its storage of {storage.length} numbers: download it again")
     else:
         kind = storage.type
     return StoredTensor(name, kind, tensor.shape, begin_of(storage) + tensor.first * storage.item_bytes)
@@ -117,41 +142,29 @@ def _placed(name: str, tensor: _Tensor, begin_of: Callable[[_Storage], int]) -> 
 
 def _read_zip(file: BinaryIO) -> tuple[object, Callable[[_Storage], int]]:
     """The unpickled state dict, and where in the file a storage begins."""
-    with zipfile.ZipFile(file) as archive:
-        entries = {entry.filename: entry for entry in archive.infolist()}
+    entries = archive_entries(file)
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise _MalformedError(f"a zip file with {len(pickles)} entries NAME/data.pkl, torch.save writes 1")
+        raise MalformedError(f"a zip file with {len(pickles)} entries NAME/data.pkl, torch.save writes 1")
     folder = pickles[0].removesuffix("data.pkl")
 
-    def begin(entry: zipfile.ZipInfo) -> int:
-        """What precedes an entry's bytes is as long as its local header says; torch pads there."""
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-            raise _MalformedError(f"entry {entry.filename} is compressed or encrypted, torch.save does neither")
-        file.seek(entry.header_offset)
-        header = file.read(_LOCAL_HEADER_BYTES)
-        if not header.startswith(_ZIP_START):
-            raise _MalformedError(f"entry {entry.filename} is not where the zip file's directory says")
-        lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        return entry.header_offset + _LOCAL_HEADER_BYTES + lengths
-
-    def content(entry: zipfile.ZipInfo) -> bytes:
-        if entry.file_size > _MAX_PICKLE_BYTES:
-            raise _MalformedError(f"entry {entry.filename} has {entry.file_size} bytes, allowed {_MAX_PICKLE_BYTES}")
-        file.seek(begin(entry))
-        return file.read(entry.file_size)
+    def content(entry: ArchiveEntry) -> bytes:
+        if entry.bytes > _MAX_PICKLE_BYTES:
+            raise MalformedError(f"entry {entry.name} has {entry.bytes} bytes, allowed {_MAX_PICKLE_BYTES}")
+        file.seek(entry.begin)
+        return file.read(entry.bytes)
 
     def begin_of(storage: _Storage) -> int:
         entry = entries.get(f"{folder}data/{storage.key}")
         needed = storage.length * storage.item_bytes
-        if entry is None or entry.file_size < needed:
-            found = "missing" if entry is None else f"of {entry.file_size} bytes"
-            raise _MalformedError(f"storage {storage.key!r:.40} is {found}, {needed} are needed: download it again")
-        return begin(entry)
+        if entry is None or entry.bytes < needed:
+            found = "missing" if entry is None else f"of {entry.bytes} bytes"
+            raise MalformedError(f"storage {storage.key!r:.40} is {found}, {needed} are needed: download it again")
+        return entry.begin
 
     order = entries.get(f"{folder}byteorder")
     if order is not None and (found := content(order)) != b"little":
-        raise _MalformedError(f"byteorder: found {found!r:.40}, allowed is little")
+        raise MalformedError(f"byteorder: found {found!r:.40}, allowed is little")
     return _Interpreter().run(BytesIO(content(entries[pickles[0]]))), begin_of
 
 
@@ -162,11 +175,11 @@ def _read_legacy(file: BinaryIO) -> tuple[object, Callable[[_Storage], int]]:
     _require(is_known, f"its version is not {_LEGACY_VERSION}, the only one there was")
     machine = _Interpreter().run(file)
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
-        raise _MalformedError("written on a big-endian machine, allowed are little-endian numbers")
+        raise MalformedError("written on a big-endian machine, allowed are little-endian numbers")
     interpreter = _Interpreter()
     state, keys = interpreter.run(file), _Interpreter().run(file)
     if not isinstance(keys, list):
-        raise _MalformedError(f"storage keys: found a {type(keys).__name__}, allowed is a list")
+        raise MalformedError(f"storage keys: found a {type(keys).__name__}, allowed is a list")
     begins: dict[str, int] = {}
     position, size = file.tell(), file.seek(0, 2)
     for key in keys:
@@ -175,7 +188,7 @@ def _read_legacy(file: BinaryIO) -> tuple[object, Callable[[_Storage], int]]:
         length = int.from_bytes(file.read(8), "little")
         begins[key], position = position + 8, position + 8 + length * storage.item_bytes
         if length != storage.length or position > size:
-            raise _MalformedError(f"storage {key!r:.40} ends at byte {position}, the file at {size}: download it again")
+            raise MalformedError(f"storage {key!r:.40} ends at byte {position}, the file at {size}: download it again")
     return state, lambda storage: begins[storage.key]
 
 
@@ -247,7 +260,7 @@ class _Interpreter:
                 self.storages[storage.key] = storage
                 stack.append(storage)
             case _:
-                raise _MalformedError(f"its pickle has the instruction {opcode}, which no dictionary of tensors needs")
+                raise MalformedError(f"its pickle has the instruction {opcode}, which no dictionary of tensors needs")
 
     def _take(self, count: int) -> list[Any]:
         _require(len(self._stack) >= count, "its pickle takes values that it never made")
@@ -275,7 +288,7 @@ _CALLED = ("collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch.
 def _allowed(name: str) -> _Global:
     if name in _CALLED or name in _STORAGES:
         return _Global(name)
-    raise _MalformedError(
+    raise MalformedError(
         f"its pickle names {name!r:.200}, which was not looked up; allowed are {', '.join(_CALLED)} and torch's"
         " storages of numbers: load this file nowhere; take a safetensors checkpoint, or save the state_dict alone"
     )
@@ -292,7 +305,7 @@ def _made(function: object, arguments: object) -> object:
             if _lengths(shape) and _lengths(strides) and len(shape) == len(strides) and first >= 0:
                 return _Tensor(storage, first, shape, strides)
     name = function.name if isinstance(function, _Global) else f"a {type(function).__name__}"
-    raise _MalformedError(f"its pickle calls {name} with other arguments than torch writes")
+    raise MalformedError(f"its pickle calls {name} with other arguments than torch writes")
 
 
 def _storage(identity: object) -> _Storage:
@@ -301,7 +314,7 @@ def _storage(identity: object) -> _Storage:
         case ("storage", _Global(kind), str(key), str(), int(length), *rest) if kind in _STORAGES and length >= 0:
             if rest in ([], [None]):
                 return _Storage(*_STORAGES[kind], key, length)
-    raise _MalformedError("its pickle refers to something else than a storage of torch")
+    raise MalformedError("its pickle refers to something else than a storage of torch")
 
 
 def _lengths(value: object) -> TypeGuard[tuple[int, ...]]:
@@ -310,4 +323,4 @@ def _lengths(value: object) -> TypeGuard[tuple[int, ...]]:
 
 def _require(condition: bool, otherwise: str) -> None:
     if not condition:
-        raise _MalformedError(otherwise)
+        raise MalformedError(otherwise)

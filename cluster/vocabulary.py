@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.byte_level import raw_bytes
-from cluster.checkpoint import read_json_object
+from cluster.checkpoint_files import read_json_object
 from cluster.errors import CheckpointError
 from cluster.families import FamilyName
 from cluster.ggml import Token

@@ -2,12 +2,15 @@
 
 Only headers are read to plan; rows are read one range at a time, so that memory is bounded by the caller's range. A
 `TensorSource` is all a conversion task needs to read one tensor: raw little-endian numbers at an offset of a file.
-Nothing in a weights file is executed, not the pickle in a pytorch_model.bin either (`cluster.torch_weights`).
+Nothing in a weights file is executed, not the pickle in a pytorch_model.bin either (`cluster.torch_weights`). Of
+safetensors, what the safetensors library refuses is refused here as well.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -15,9 +18,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
+from cluster import torch_weights
+from cluster.checkpoint_files import open_binary, read_json_object
+from cluster.digests import stream_sha256
 from cluster.errors import CheckpointError
 from cluster.manifest import Record
-from cluster.torch_weights import stored_tensors
 
 SourceType = Literal["F16", "BF16", "F32"]
 SOURCE_TYPES: tuple[SourceType, ...] = get_args(SourceType)
@@ -27,6 +32,15 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TORCH_FILE = "pytorch_model.bin"
 TORCH_INDEX_FILE = "pytorch_model.bin.index.json"
+# Bits of an element, by the words that the safetensors library 0.8 knows.
+_SAFETENSORS_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
 # The longest header that the safetensors library itself accepts.
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -132,23 +146,46 @@ def file_sources(folder: Path, name: str) -> dict[str, TensorSource]:
                 tensor.name: TensorSource(
                     name=tensor.name, file=name, type=tensor.type, shape=tensor.shape, offset=tensor.offset
                 )
-                for tensor in stored_tensors(file, path)
+                for tensor in torch_weights.stored_tensors(file, path)
             }
     header, data_start, data_length = _read_header(path)
-    sources = {}
-    for tensor, entry in header.items():
-        if tensor == "__metadata__":
-            continue
-        kind, shape, begin, end = _header_entry(path, tensor, entry)
-        if end > data_length:
+    sources, end = {}, 0
+    for tensor, kind, shape, begin, stop in sorted(_header_entries(path, header), key=lambda entry: entry[3:]):
+        if stop > data_length:
             raise CheckpointError(
-                f"{path}: truncated: tensor {tensor} ends at byte {data_start + end}, the file at"
+                f"{path}: truncated: tensor {tensor} ends at byte {data_start + stop}, the file at"
                 f" {data_start + data_length}: download it again"
             )
-        source = TensorSource(name=tensor, file=name, type=kind, shape=shape, offset=data_start + begin)
-        _check_length(path, source, end - begin)
-        sources[tensor] = source
+        _check_length(path, tensor, kind, shape, stop - begin)
+        if begin != end:
+            raise CheckpointError(
+                f"{path}: corrupt header: tensor {tensor} begins at byte {data_start + begin}, the one before ends at"
+                f" {data_start + end}; allowed are neither gaps nor overlaps: download it again"
+            )
+        sources[tensor], end = (
+            TensorSource(name=tensor, file=name, type=kind, shape=shape, offset=data_start + begin),
+            stop,
+        )
+    if end != data_length:
+        raise CheckpointError(
+            f"{path}: {data_length - end} bytes follow the last tensor, which ends at byte {data_start + end}; allowed"
+            " are none: download it again"
+        )
     return sources
+
+
+def content_sha256(path: Path) -> str:
+    """Of a whole file of a checkpoint, compared on the way with the checksums that are in it: a .bin has them. Raises
+    CheckpointError where they differ, and where the file cannot be read."""
+    with open_binary(path) as file:
+        return torch_weights.file_sha256(file, path) if path.suffix == ".bin" else stream_sha256(file)
+
+
+def _header_entries(path: Path, header: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:
+    """Name, type, shape and [begin, end) of every tensor, counted from the end of the header."""
+    for tensor, entry in header.items():
+        if tensor != "__metadata__":
+            yield tensor, *_header_entry(path, tensor, entry)
 
 
 def _header_entry(path: Path, tensor: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
@@ -164,16 +201,17 @@ def _header_entry(path: Path, tensor: str, entry: Any) -> tuple[str, tuple[int, 
     )
 
 
-def _check_length(path: Path, source: TensorSource, found: int) -> None:
-    if source.type not in SOURCE_TYPES:
-        return  # a buffer of some other type; refused if a family's layout asks for it
-    expected = _BYTES[_source_type(source)]
-    for length in source.shape:
-        expected *= length
-    if found != expected:
+def _check_length(path: Path, tensor: str, kind: str, shape: tuple[int, ...], found: int) -> None:
+    bits = _SAFETENSORS_BITS.get(kind)
+    if bits is None:
         raise CheckpointError(
-            f"{path}: corrupt header at tensor {source.name}: found {found} bytes, {source.type} of shape"
-            f" {list(source.shape)} takes {expected}"
+            f"{path}: corrupt header at tensor {tensor}: found type {kind!r:.40}; allowed are"
+            f" {', '.join(_SAFETENSORS_BITS)}"
+        )
+    if 8 * found != bits * math.prod(shape):
+        raise CheckpointError(
+            f"{path}: corrupt header at tensor {tensor}: found {found} bytes, {kind} of shape {list(shape)} takes"
+            f" {bits * math.prod(shape) / 8:g}"
         )
 
 
@@ -189,26 +227,32 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
                 f"{path}: truncated: the header ends at byte {8 + length}, the file at {size}: download it again"
             )
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length).decode())
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: corrupt header: {error}") from error
+            raise CheckpointError(f"{path}: corrupt header: {error}: download it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: corrupt header: found a JSON {type(header).__name__}, allowed is an object")
+    metadata = {} if header.get("__metadata__") is None else header["__metadata__"]
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(
+            f"{path}: corrupt header: __metadata__: found {metadata!r:.200}, allowed is an object of texts"
+        )
     return header, 8 + length, size - 8 - length
 
 
 def _indexed_sources(folder: Path, form: WeightsForm) -> dict[str, TensorSource]:
     index = folder / form.index_file
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        by_file: dict[str, list[str]] = {}
-        for tensor, file in weight_map.items():
-            by_file.setdefault(file, []).append(tensor)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: corrupt index: no weight_map from tensors to files ({error!r})") from error
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index}: weight_map: found {weight_map!r:.100}, allowed is an object from tensors to files"
+        )
+    by_file: dict[str, list[str]] = {}
+    for tensor, file in weight_map.items():
+        _check_file_name(index, file, form.suffix)
+        by_file.setdefault(file, []).append(tensor)
     sources: dict[str, TensorSource] = {}
     for file, tensors in by_file.items():
-        _check_file_name(index, file, form.suffix)
         if not (folder / file).is_file():
             raise CheckpointError(f"{index}: names {file}, which is not in the folder: download it")
         held = file_sources(folder, file)
@@ -240,11 +284,3 @@ def _source_type(source: TensorSource) -> SourceType:
 def require_convertible(source: TensorSource) -> None:
     """Raises CheckpointError for a type that no row can be read of, for instance that of a quantized checkpoint."""
     _source_type(source)
-
-
-def open_binary(path: Path) -> BufferedReader:
-    """Raises CheckpointError where the file cannot be read."""
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error

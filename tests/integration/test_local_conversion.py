@@ -26,10 +26,12 @@ from cluster.local_conversion import convert_to_cache, convert_to_folder
 from cluster.manifest import MANIFEST_FILE, Manifest
 from cluster.node_cache import NodeCache
 from cluster.wanted import Wanted
+from cluster.weights import weight_sources
 from tests.hub_lookalike import HubLookalike
 from tests.integration.converting import artifacts, small_bloom, wanted
 from tests.integration.processes import NIBBLE, ROOT, Sandbox, sandbox
 from tests.random_checkpoint import Shape, write_random_checkpoint
+from tests.torch_files import write_torch_weights
 
 DIGESTS = json.loads((ROOT / "tests" / "reference" / "digests.json").read_text())
 SLOW_BLOOM = Shape("bloom", width=1024, heads=16, layers=10)  # 250 MB of fp16: long enough to be hit in its middle
@@ -81,6 +83,23 @@ def test_int8_is_converted_as_well(tmp_path: Path) -> None:
     request = Wanted(source="builtin:llama", family="llama", quantization="q8_0")
     manifest, _ = to_folder(request, artifacts(tmp_path / "cache"), tmp_path / "int8")
     assert manifest.sha256 == DIGESTS["int8:builtin:llama"]["sha256"]
+
+
+def test_a_damaged_bin_is_refused_by_file_and_tensor_and_nothing_is_published(tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "model", small_bloom(seed=40), write=write_torch_weights)
+    config = artifacts(tmp_path / "cache")
+    source = weight_sources(checkpoint)["transformer.h.1.mlp.dense_4h_to_h.weight"]
+    data = bytearray((checkpoint / source.file).read_bytes())
+    data[source.offset + 999] ^= 1
+    (checkpoint / source.file).write_bytes(data)
+    for publish in (
+        lambda: to_cache(wanted(checkpoint), config),
+        lambda: to_folder(wanted(checkpoint), config, tmp_path / "int4"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{source.file}: tensor {source.name} is damaged: .* CRC-32"):
+            publish()
+    assert not (tmp_path / "int4").exists()
+    assert list(NodeCache(config.cache_dir).manifests()) == []
 
 
 def test_what_the_node_cache_has_is_copied_out_and_not_converted(tmp_path: Path) -> None:

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from cluster.checkpoint import check_family, checkpoint_digest, companion_files, read_config
+from cluster.checkpoint import check_companions, check_family, checkpoint_digest, companion_files, read_config
 from cluster.errors import CheckpointError
 from cluster.families import FAMILY_NAMES, FamilyName
+from cluster.weights import weight_sources
 from tests.random_checkpoint import SHAPES, write_random_checkpoint
+from tests.torch_files import write_torch_weights
+
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 499723\n"
 
 
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
@@ -25,7 +30,8 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "not JSON"), ("[1]", "found a JSON list"), ("\xff", "not JSON")]
+    ("content", "message"),
+    [("{", "not JSON"), ("[1]", "found a JSON list"), ("\xff", "not JSON"), ("\xef\xbb\xbf{}", "not JSON: begins")],
 )
 def test_a_config_that_is_no_json_object_is_refused(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
@@ -69,9 +75,59 @@ def test_digest_is_of_the_content_and_not_of_the_place(tmp_path: Path) -> None:
 def test_digest_changes_with_every_file_that_is_used(name: str, tmp_path: Path) -> None:
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint", SHAPES["bloom"], shards=2)
     digest = checkpoint_digest(checkpoint)
-    with (checkpoint / name).open("ab") as file:
-        file.write(b" ")
+    content = bytearray((checkpoint / name).read_bytes())
+    content[-3] ^= 1
+    (checkpoint / name).write_bytes(content)
     assert checkpoint_digest(checkpoint) != digest
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_damaged_bin_is_refused_with_its_tensor(shards: int, share: float, tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(
+        tmp_path / "checkpoint", SHAPES["bloom"], shards=shards, write=write_torch_weights
+    )
+    digest, sources = checkpoint_digest(checkpoint), list(weight_sources(checkpoint).values())
+    source = sources[int(share * len(sources))]
+    damage(checkpoint / source.file, source.offset + 100)
+    with pytest.raises(CheckpointError) as refusal:
+        checkpoint_digest(checkpoint)
+    where = re.escape(f"{checkpoint / source.file}: tensor {source.name}")
+    assert re.match(rf"{where} is damaged: .* CRC-32 \w{{8}}, the file says \w{{8}}: download", str(refusal.value))
+    # What the Hub has vouched for is not read.
+    known = dict.fromkeys((source.file for source in sources), "0" * 64)
+    assert checkpoint_digest(checkpoint, known) != digest
+
+
+def damage(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "merges.txt", "tokenizer.model"]
+)
+def test_a_file_that_git_lfs_only_points_to_is_named(name: str, tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", SHAPES["bloom"])
+    (checkpoint / name).write_text(LFS_POINTER)
+    with pytest.raises(
+        CheckpointError, match=rf"{name}: found a Git LFS pointer, .*: run 'git lfs pull' in the folder"
+    ):
+        check_companions(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "tokenizer.json"]
+)
+@pytest.mark.parametrize("content", [b'{"a": 1', b"\xef\xbb\xbf{}", b"[]", b"{\xff}"])
+def test_json_that_transformers_cannot_read_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", SHAPES["bloom"])
+    check_companions(checkpoint)
+    (checkpoint / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{name}: (not JSON|found a JSON list)") as refusal:
+        check_companions(checkpoint)
+    assert "\n" not in str(refusal.value)
 
 
 def test_digest_changes_where_content_moves_between_files(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -97,6 +99,56 @@ def test_a_corrupt_header_is_refused(header: bytes, message: str, tmp_path: Path
         weight_sources(tmp_path)
 
 
+def entry(begin: int, end: int, **changes: Any) -> dict[str, Any]:
+    return {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]} | changes
+
+
+# Header, bytes of data, and what nibble says; None: it is sound.
+LAYOUTS: list[tuple[Any, int, str | None]] = [
+    ({"a": entry(0, 4), "b": entry(4, 8)}, 8, None),
+    ({"b": entry(4, 8), "a": entry(0, 4)}, 8, None),
+    ({"a": entry(0, 0), "b": entry(0, 4), "c": entry(4, 4)}, 4, None),
+    ({"a": entry(0, 4, further=1), "__metadata__": {"format": "pt"}}, 4, None),
+    ({"a": entry(0, 4), "__metadata__": None}, 4, None),
+    ({"a": entry(0, 3, shape=[4], dtype="F6_E2M3")}, 3, None),
+    ({"a": entry(0, 2, shape=[4], dtype="F4")}, 2, None),
+    ({"a": entry(0, 4)}, 5, "1 bytes follow the last tensor"),
+    ({}, 1, "1 bytes follow the last tensor"),
+    ({"a": entry(1, 4)}, 4, "tensor a begins at byte .* allowed are neither gaps nor overlaps"),
+    ({"a": entry(0, 4), "b": entry(5, 8)}, 8, "tensor b begins at byte .* neither gaps nor overlaps"),
+    ({"a": entry(0, 4), "b": entry(3, 8)}, 8, "tensor b begins at byte .* neither gaps nor overlaps"),
+    ({"a": entry(0, 4), "b": entry(0, 4)}, 4, "tensor b begins at byte .* neither gaps nor overlaps"),
+    ({"a": entry(2, 2), "b": entry(0, 4)}, 4, "tensor a begins at byte .* neither gaps nor overlaps"),
+    ({"a": entry(0, 4), "b": entry(4, 8)}, 7, "truncated: tensor b"),
+    ({"a": entry(0, 4, shape=[1], dtype="I64")}, 4, "found 4 bytes, I64 of shape .1. takes 8"),
+    ({"a": entry(0, 2, shape=[3], dtype="F4")}, 2, "found 2 bytes, F4 of shape .3. takes 1.5"),
+    ({"a": entry(0, 4, dtype="F12")}, 4, "found type 'F12'; allowed are F64,"),
+    ({"a": entry(0, 4, dtype="u8")}, 4, "found type 'u8'"),
+    ({"a": entry(0, 4), "__metadata__": {"a": 1}}, 4, "__metadata__: found .*, allowed is an object of texts"),
+    ({"a": entry(0, 4), "__metadata__": []}, 4, "__metadata__: found .*, allowed is an object of texts"),
+    ({"a": entry(0, 1, shape=[1.0])}, 1, "corrupt header at tensor a"),
+    (b"\xef\xbb\xbf{}", 0, "corrupt header"),
+    ("{}".encode("utf-16"), 0, "corrupt header"),
+    (b'{"\xff": {}}', 0, "corrupt header"),
+]
+
+
+@pytest.mark.parametrize(("header", "length", "message"), LAYOUTS)
+def test_what_the_safetensors_library_refuses_is_refused(
+    header: Any, length: int, message: str | None, tmp_path: Path
+) -> None:
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    content = len(encoded).to_bytes(8, "little") + encoded + bytes(length)
+    (tmp_path / SINGLE_FILE).write_bytes(content)
+    if message is None:
+        assert set(weight_sources(tmp_path)) == {name for name, _ in safetensors.deserialize(content)}
+        return
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.deserialize(content)
+    with pytest.raises(CheckpointError, match=rf"{SINGLE_FILE}: .*{message}"):
+        weight_sources(tmp_path)
+
+
 def test_an_absurd_header_length_is_refused(tmp_path: Path) -> None:
     (tmp_path / SINGLE_FILE).write_bytes(b"\xff" * 100)
     with pytest.raises(CheckpointError, match="not a safetensors file"):
@@ -113,6 +165,7 @@ def test_a_damaged_byte_is_refused_or_harmless(position: int, byte: int, tmp_pat
     path.write_bytes(content)
     try:
         sources = weight_sources(tmp_path)
+        safetensors.deserialize(bytes(content))  # what it refuses was refused
         with WeightsReader(tmp_path) as reader:
             for source in sources.values():
                 reader.rows(source, 0, source.shape[0] if source.shape else 1)
@@ -152,10 +205,20 @@ def test_an_index_that_names_a_tensor_its_file_lacks_is_refused(tmp_path: Path) 
         weight_sources(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": ["b"]}}'])
-def test_a_corrupt_index_is_refused(content: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "found a JSON list, allowed is an object"),
+        ("{}", "weight_map: found None, allowed is an object"),
+        ('{"weight_map": []}', r"weight_map: found \[\], allowed is an object"),
+        ('{"weight_map": {"a": ["b"]}}', r"names \['b'\]; allowed are names of files"),
+        ("\ufeff{}", "not JSON: begins with a byte order mark"),
+    ],
+)
+def test_a_corrupt_index_is_refused(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / INDEX_FILE).write_text(content)
-    with pytest.raises(CheckpointError, match="corrupt index"):
+    with pytest.raises(CheckpointError, match=rf"{INDEX_FILE}: {message}"):
         weight_sources(tmp_path)
 
 
