@@ -28,6 +28,8 @@ from tests.random_tokenizer import (
 
 # Tensors of (type, shape, data) by name.
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
+# What a repository cloned without git-lfs has in the place of a large file.
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 499723\n"
 WriteWeights = Callable[[Path, Tensors, int], None]
 
 

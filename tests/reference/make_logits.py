@@ -60,7 +60,9 @@ def dequantized_tensors(folder: Path, family: FamilyName) -> Tensors:
     tensors: Tensors = {}
     with WeightsReader(folder) as reader:
         for name, source in weight_sources(folder).items():
-            rule = rules[base_name(name, LAYOUTS[family])]
+            rule = rules.get(base_name(name, LAYOUTS[family]))
+            if rule is None:  # a buffer
+                continue
             values = reader.rows(source, 0, source.shape[0])
             if source.type == "BF16":
                 values = (values.astype(np.uint32) << 16).view(np.float32)

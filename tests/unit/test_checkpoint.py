@@ -11,10 +11,8 @@ from cluster.checkpoint import check_companions, check_family, checkpoint_digest
 from cluster.errors import CheckpointError
 from cluster.families import FAMILY_NAMES, FamilyName
 from cluster.weights import weight_sources
-from tests.random_checkpoint import SHAPES, write_random_checkpoint
+from tests.random_checkpoint import LFS_POINTER, SHAPES, write_random_checkpoint
 from tests.torch_files import write_torch_weights
-
-LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 499723\n"
 
 
 def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:

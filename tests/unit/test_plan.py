@@ -16,6 +16,7 @@ from cluster.layouts import LAYOUTS, base_name, tensor_rules
 from cluster.plan import ConversionPlan, plan_conversion
 from cluster.weights import SINGLE_FILE, TensorSource, WeightsReader, weight_sources
 from tests.random_checkpoint import SHAPES, Shape, write_random_checkpoint, write_weights
+from tests.torch_files import write_torch_weights
 
 
 @pytest.fixture(params=FAMILY_NAMES)
@@ -311,6 +312,19 @@ def test_a_prefix_may_be_left_out_or_doubled(family: FamilyName, checkpoint: Pat
 
     rename_tensors(checkpoint, renamed)
     assert plan_conversion(checkpoint, family).entries == plan.entries
+
+
+def test_the_reference_s_llama_in_its_own_form_is_for_every_engine(tmp_path: Path) -> None:
+    """decapoda-research/llama-7b-hf: the class in other letters, token ids that are not the tokenizer's, .bin files."""
+    plan = plan_conversion(write_random_checkpoint(tmp_path / "plain", SHAPES["llama"]), "llama")
+    checkpoint = tmp_path / "decapoda"
+    write_random_checkpoint(checkpoint, SHAPES["llama"], shards=33, write=write_torch_weights)
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}
+    change_config(
+        checkpoint, architectures=["LLaMAForCausalLM"], max_sequence_length=2048, torch_dtype="float16", **ids
+    )
+    found = plan_conversion(checkpoint, "llama")
+    assert (found.entries, found.head, found.engines) == (plan.entries, plan.head, ("bigdl", "openvino"))
 
 
 def test_gptneoxs_output_matrix_may_have_the_name_that_others_have(tmp_path: Path) -> None:
