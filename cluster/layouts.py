@@ -69,11 +69,13 @@ _ANY_OUTPUT = "lm_head.weight"
 
 
 def base_name(name: str, layout: Layout) -> str:
-    """The name that rules have for a stored tensor. As transformers does, it may have the base model's prefix, lack it,
-    or have it once too often."""
-    for _ in range(2):
-        name = name.removeprefix(layout.prefix)
-    return layout.output if name == _ANY_OUTPUT else name
+    """The name that rules have for a stored tensor, as transformers finds it: the base model's prefix may be left out
+    or there once too often. What transformers would not find (a third prefix, another one) is returned as it is."""
+    once = name.removeprefix(layout.prefix)
+    if once == _ANY_OUTPUT or name == layout.output:
+        return layout.output
+    base = once.removeprefix(layout.prefix)
+    return name if base in (_ANY_OUTPUT, layout.output) else base
 
 
 def tensor_rules(family: FamilyName, model: Hyperparameters) -> Iterator[TensorRule]:

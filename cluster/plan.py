@@ -179,6 +179,9 @@ def _checked_rules(
 
 def _why(family: FamilyName, model: Hyperparameters, rule: TensorRule, sources: dict[str, TensorSource]) -> str:
     """What a missing tensor means, and what to do."""
+    stored = next((source.name for source in sources.values() if source.name.endswith(f".{rule.source}")), None)
+    if stored is not None:
+        return f"found {stored}: save the checkpoint anew with the names of transformers, without that prefix"
     layout = LAYOUTS[family]
     matrices = {layout.embedding, layout.output}
     if not model.tied and rule.source in matrices and matrices & sources.keys():
@@ -186,12 +189,6 @@ def _why(family: FamilyName, model: Hyperparameters, rule: TensorRule, sources: 
             "with tie_word_embeddings false, as in llama and gptneox where config.json leaves it out, a checkpoint has"
             f" both {layout.embedding} and {layout.output}: take one of the whole model (ForCausalLM), or set"
             " tie_word_embeddings to true if it was trained so"
-        )
-    foreign = next((source.name for name, source in sources.items() if name.endswith(f".{rule.source}")), None)
-    if foreign is not None:
-        return (
-            f"found {foreign}, allowed before it is {layout.prefix!r} or nothing: save the checkpoint anew without that"
-            " wrapper's prefix"
         )
     return f"a {family} model of {model.layers} layers has it: download the checkpoint again"
 

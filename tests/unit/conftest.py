@@ -1,4 +1,5 @@
-"""Fixtures for the tests of the APIs, which answer with echoes, and for those that ask a Hub."""
+"""Fixtures for the tests of the APIs, which answer with echoes, for those that plan a conversion, and for those that
+ask a Hub."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ import pytest
 from huggingface_hub.utils import close_session
 from starlette.testclient import TestClient
 
+from cluster.families import FAMILY_NAMES, FamilyName
 from tests.hub_lookalike import HubLookalike
+from tests.random_checkpoint import SHAPES, write_random_checkpoint
 from tests.unit.fakes import EchoModel
 from tests.unit.http_fakes import client_of
 from tests.unit.hub_client import point_at
@@ -23,6 +26,22 @@ def model() -> EchoModel:
 @pytest.fixture
 def client(model: EchoModel) -> TestClient:
     return client_of(model)
+
+
+@pytest.fixture(params=FAMILY_NAMES)
+def family(request: pytest.FixtureRequest) -> FamilyName:
+    name: FamilyName = request.param
+    return name
+
+
+@pytest.fixture
+def checkpoint(family: FamilyName, tmp_path: Path) -> Path:
+    return write_random_checkpoint(tmp_path / "checkpoint", SHAPES[family])
+
+
+@pytest.fixture
+def bloom(tmp_path: Path) -> Path:
+    return write_random_checkpoint(tmp_path / "checkpoint", SHAPES["bloom"])
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cluster.layouts import RowOrder, output_rows
+from cluster.families import FamilyName
+from cluster.layouts import LAYOUTS, RowOrder, base_name, output_rows
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,28 @@ def test_rows_of_the_result(
     order: RowOrder, heads: int, head_width: int, source_rows: int, expected: list[int]
 ) -> None:
     assert output_rows(order, heads, head_width, source_rows).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "stored", "name"),
+    [
+        ("llama", "layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"),
+        ("llama", "model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"),
+        ("llama", "model.model.layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.weight"),
+        ("llama", "model.model.model.norm.weight", "model.norm.weight"),
+        ("llama", "model.lm_head.weight", "lm_head.weight"),
+        ("llama", "model.model.lm_head.weight", "model.model.lm_head.weight"),
+        ("llama", "embed_out.weight", "embed_out.weight"),
+        ("gptneox", "embed_out.weight", "embed_out.weight"),
+        ("gptneox", "lm_head.weight", "embed_out.weight"),
+        ("gptneox", "gpt_neox.lm_head.weight", "embed_out.weight"),
+        ("gptneox", "gpt_neox.embed_out.weight", "gpt_neox.embed_out.weight"),
+    ],
+)
+def test_stored_tensors_are_found_under_the_names_that_transformers_finds(
+    family: FamilyName, stored: str, name: str
+) -> None:
+    assert base_name(stored, LAYOUTS[family]) == name
 
 
 def test_interleaving_is_llama_cpps_permute() -> None:
