@@ -1,6 +1,10 @@
-"""GPT-2's byte-level alphabet, in which tokenizers spell the bytes of a piece as printable characters."""
+"""How tokenizers spell bytes: GPT-2's byte-level alphabet of printable characters, and sentencepiece's <0xNN>."""
 
 from __future__ import annotations
+
+import re
+
+_FALLBACK = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def byte_of_character() -> dict[str, int]:
@@ -20,3 +24,9 @@ def raw_bytes(piece: str) -> bytes:
         return bytes(BYTE_OF_CHARACTER[character] for character in piece)
     except KeyError:
         return piece.encode()
+
+
+def fallback_byte(piece: str) -> bytes | None:
+    """The byte that a piece like <0x0A> is; None for any other piece."""
+    match = _FALLBACK.fullmatch(piece)
+    return None if match is None else bytes([int(match[1], 16)])

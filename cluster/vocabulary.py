@@ -1,10 +1,10 @@
 """The vocabulary of each family's binary: the bytes of every token, as llm_convert writes them.
 
-llama      sentencepiece pieces with their scores, then added_tokens.json with the score -1000. Without a
-           tokenizer.model that fits, tokenizer.json gives the same (llm_convert fails then): a piece's score is the
-           negative of its place among the normal pieces, as sentencepiece's BPE trainer numbers them. Byte-level
-           pieces are raw bytes; the library's own tokenizer knows no merges, so what it makes of a text is not what
-           they are for.
+llama      sentencepiece pieces with their scores, then added_tokens.json with the score -1000, then empty tokens up to
+           vocab_size (which llm_convert refuses). Without a tokenizer.model that fits, tokenizer.json gives the same
+           (llm_convert fails then): a piece's score is the negative of its place among the normal pieces, as
+           sentencepiece's BPE trainer numbers them. Byte-level pieces are raw bytes; the library's own tokenizer knows
+           no merges, so what it makes of a text is not what they are for.
 gptneox    the byte-level pieces as tokenizer.json spells them; an id that the tokenizer lacks is empty.
 bloom      the text that the id alone decodes to; part of a character becomes U+FFFD.
 starcoder  the raw bytes behind the byte-level pieces, the last token repeated up to vocab_size. Two things differ from
@@ -17,72 +17,81 @@ These bytes matter only to bigdl-llm's own tokenizers; the ids a model is asked 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cluster.byte_level import raw_bytes
+from cluster.byte_level import fallback_byte, raw_bytes
 from cluster.checkpoint_files import read_json_object
 from cluster.errors import CheckpointError
 from cluster.families import FamilyName
 from cluster.ggml import Token
+from cluster.tokenizer_config import read_tokenizer_config
+from cluster.tokenizer_files import TOKENIZER_JSON, TOKENIZER_MODEL, load_tokenizer
+from cluster.tokenizer_json import JsonTokenizer
+from cluster.tokenizer_model import SPACE, load_sentencepiece
 
 _ADDED_TOKEN_SCORE = -1000.0
-_BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _UNKNOWN = " \u2047 ".encode()  # how sentencepiece renders an unknown piece
 
 
 def read_vocabulary(checkpoint: Path, family: FamilyName, size: int) -> list[Token]:
-    """The `size` tokens of the model. Raises CheckpointError where the tokenizer is missing or does not fit."""
+    """The `size` tokens of the model. Raises CheckpointError where the tokenizer is missing, does not fit, or could
+    not be loaded by a replica."""
     if family == "llama":
+        load_tokenizer(checkpoint)
         return _llama(checkpoint, size)
-    tokenizer = _fast_tokenizer(checkpoint)
+    path = checkpoint / TOKENIZER_JSON
+    if not path.is_file():
+        raise CheckpointError(
+            f"{checkpoint}: no {TOKENIZER_JSON}; allowed is a tokenizer in that format: load and save the checkpoint's"
+            " tokenizer once with transformers"
+        )
+    tokenizer = JsonTokenizer(path, read_tokenizer_config(checkpoint)).library
     if family == "bloom":
         texts = tokenizer.decode_batch([[i] for i in range(size)], skip_special_tokens=False)
         return [Token(text.encode()) for text in texts]
     pieces = {i: piece for piece, i in tokenizer.get_vocab(with_added_tokens=True).items()}
     if family == "gptneox":
         return [Token(pieces.get(i, "").encode()) for i in range(size)]
-    return _starcoder(checkpoint, pieces, size)
+    return _starcoder(path, pieces, size)
 
 
 def _llama(checkpoint: Path, size: int) -> list[Token]:
-    model, fast = checkpoint / "tokenizer.model", checkpoint / "tokenizer.json"
-    if not model.is_file() and not fast.is_file():
-        raise CheckpointError(
-            f"{checkpoint}: no tokenizer.model and no tokenizer.json; family llama needs one of them: copy it from the"
-            " checkpoint this one was made from"
-        )
+    model, fast = checkpoint / TOKENIZER_MODEL, checkpoint / TOKENIZER_JSON
     if not model.is_file():
         return _llama_without_model(fast, size)
     try:
-        return _llama_with_model(model, size)
+        tokens = _llama_with_model(model, size)
     except CheckpointError:
-        # Llama 3's tokenizer.model is not sentencepiece's; and tokens that were added since may be in tokenizer.json
-        # alone. That is the file which prompts are tokenized by where there are both.
+        # Llama 3's tokenizer.model is not sentencepiece's.
         if not fast.is_file():
             raise
         return _llama_without_model(fast, size)
+    if len(tokens) == size:
+        return tokens
+    # Tokens that were added since may be in tokenizer.json alone, which is what prompts are tokenized by.
+    return _llama_without_model(fast, size) if fast.is_file() else _padded(checkpoint, tokens, size)
 
 
 def _llama_with_model(path: Path, size: int) -> list[Token]:
-    import sentencepiece
-
-    try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"{path}: not a sentencepiece model: download it again ({error})") from error
+    pieces = load_sentencepiece(path)
     tokens = list(_sentencepiece_tokens(pieces))
     if len(tokens) == size:  # llm_convert: "Ignoring added_tokens.json since model matches vocab size without it"
         return tokens
-    tokens += _added_tokens(path.with_name("added_tokens.json"), len(tokens))
-    if len(tokens) != size:
+    return tokens + list(_added_tokens(path.with_name("added_tokens.json"), pieces))
+
+
+def _padded(checkpoint: Path, tokens: list[Token], size: int) -> list[Token]:
+    """With the tokens that tokenizer_config.json adds; an id that no file knows is empty."""
+    if len(tokens) > size:
         raise CheckpointError(
-            f"{path.parent}: config.json has vocab_size {size}, tokenizer.model and added_tokens.json hold"
-            f" {len(tokens)} tokens; allowed is the same number: a missing added_tokens.json is the usual cause"
+            f"{checkpoint}: config.json has vocab_size {size}, tokenizer.model and added_tokens.json hold"
+            f" {len(tokens)} tokens; allowed are as many or fewer: resize the model's embeddings to its tokenizer"
         )
-    return tokens
+    added = read_tokenizer_config(checkpoint).added
+    texts = (added[i].content.encode() if i in added else b"" for i in range(len(tokens), size))
+    return tokens + [Token(text, _ADDED_TOKEN_SCORE) for text in texts]
 
 
 def _sentencepiece_tokens(pieces: Any) -> Iterator[Token]:
@@ -95,7 +104,7 @@ def _sentencepiece_tokens(pieces: Any) -> Iterator[Token]:
         elif pieces.is_byte(i):
             text = bytes([int(piece[3:-1], 16)])  # spelled <0xNN>
         else:
-            text = piece.replace("\u2581", " ").encode()
+            text = piece.replace(SPACE, " ").encode()
         yield Token(text, pieces.get_score(i))
 
 
@@ -138,10 +147,10 @@ def _tokens_of_pieces(
             text = _UNKNOWN if piece == unknown else b""
         elif byte_level:
             text = raw_bytes(piece)
-        elif _BYTE_PIECE.fullmatch(piece):
-            text, score = bytes([int(piece[3:-1], 16)]), score or 0.0
+        elif (byte := fallback_byte(piece)) is not None:
+            text, score = byte, score or 0.0
         else:
-            text = piece.replace("\u2581", " ").encode()
+            text = piece.replace(SPACE, " ").encode()
         if score is None and i in added:
             score = 0.0
         elif score is None:
@@ -163,40 +172,33 @@ def _is_byte_level(tokenizer: dict[str, Any]) -> bool:
     return '"ByteLevel"' in json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")])
 
 
-def _added_tokens(path: Path, first: int) -> Iterator[Token]:
+def _added_tokens(path: Path, pieces: Any) -> Iterator[Token]:
+    """Those behind the model's own pieces, some of which the file may name once more."""
     if not path.is_file():
         return
+    first = pieces.vocab_size()
     added = read_json_object(path)
-    if not all(isinstance(i, int) for i in added.values()) or sorted(added.values()) != [
-        *range(first, first + len(added))
+    new = {
+        text: token
+        for text, token in added.items()
+        if not (type(token) is int and 0 <= token < first and pieces.id_to_piece(token) == text)
+    }
+    if not all(type(token) is int for token in new.values()) or sorted(new.values()) != [
+        *range(first, first + len(new))
     ]:
         raise CheckpointError(
-            f"{path}: found ids {sorted(map(str, added.values()))[:8]}, allowed are {len(added)} ids from {first} on"
+            f"{path}: found ids {sorted(map(str, new.values()))[:8]}, allowed are {len(new)} ids from {first} on, and"
+            " those of the model's own pieces"
         )
-    for text in sorted(added, key=lambda text: int(added[text])):
+    for text in sorted(new, key=lambda text: int(new[text])):
         yield Token(text.encode(), _ADDED_TOKEN_SCORE)
 
 
-def _fast_tokenizer(checkpoint: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    path = checkpoint / "tokenizer.json"
-    if not path.is_file():
+def _starcoder(path: Path, pieces: dict[int, str], size: int) -> list[Token]:
+    last = max(pieces, default=-1)
+    if not 0 <= last < size:
         raise CheckpointError(
-            f"{checkpoint}: no tokenizer.json; allowed is a tokenizer in that format: load and save the checkpoint's"
-            " tokenizer once with transformers"
+            f"{path.parent}: config.json has vocab_size {size}, {path.name} ids up to {last}; allowed are ids below"
+            " vocab_size: resize the model's embeddings to its tokenizer"
         )
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
-
-
-def _starcoder(checkpoint: Path, pieces: dict[int, str], size: int) -> list[Token]:
-    if not pieces or max(pieces) >= size:
-        raise CheckpointError(
-            f"{checkpoint}: config.json has vocab_size {size}, tokenizer.json ids up to {max(pieces, default=-1)};"
-            " allowed are ids below vocab_size: resize the model's embeddings to its tokenizer"
-        )
-    last = pieces[max(pieces)]
-    return [Token(raw_bytes(pieces.get(i, "" if i < max(pieces) else last))) for i in range(size)]
+    return [Token(raw_bytes(pieces.get(min(i, last), ""))) for i in range(size)]

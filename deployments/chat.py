@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from jinja2 import TemplateError
 
@@ -51,6 +53,10 @@ TRANSCRIPTS: dict[FamilyName, Transcript] = {
 }
 
 
+# What a template raises by raise_exception, and what it stumbles over.
+_REFUSALS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
 class ChatTemplate:
     """A tokenizer's own chat template, or its family's transcript.
 
@@ -59,24 +65,29 @@ class ChatTemplate:
     operator's choice. Special tokens that a message spells out become special tokens, as in a plain prompt.
     """
 
-    def __init__(self, tokenizer: Any, config: dict[str, Any]) -> None:
-        """`tokenizer` is one of `transformers`, `config` its model's config.json."""
-        self._tokenizer = tokenizer
-        self._transcript = TRANSCRIPTS[_family(config)] if tokenizer.chat_template is None else None
+    def __init__(self, template: str | None, names: Mapping[str, str], config: dict[str, Any]) -> None:
+        """`names` of the special tokens that the template may call; `config` is the model's config.json."""
+        self._names = dict(names)
+        self._template = template
+        self._transcript = TRANSCRIPTS[_family(config)]
+        if template is not None:
+            _renderer()  # takes a second the first time, which no request should wait for
 
     @property
     def stops(self) -> tuple[str, ...]:
         """Strings to stop at besides the request's own; none for a model that was taught to end its turns."""
-        return () if self._transcript is None else self._transcript.stops
+        return self._transcript.stops if self._template is None else ()
 
     def render(self, conversation: Conversation) -> str:
         """The text that the assistant's next message follows. Raises InvalidRequestError where the template does."""
-        if self._transcript is not None:
+        if self._template is None:
             return self._transcript.render(conversation)
         messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            (text,), _ = _renderer()(
+                [messages], chat_template=self._template, add_generation_prompt=True, **self._names
+            )
+        except _REFUSALS as error:
             raise InvalidRequestError(
                 f"messages: the model's chat template refuses them: {error}", field="messages"
             ) from error
@@ -84,8 +95,17 @@ class ChatTemplate:
 
     def wrote_bos(self, text: str) -> bool:
         """Whether `text`, as rendered, begins with the BOS token, as templates that want one do by convention."""
-        bos = self._tokenizer.bos_token
-        return self._transcript is None and bool(bos) and text.startswith(bos)
+        bos = self._names.get("bos_token", "")
+        return self._template is not None and bool(bos) and text.startswith(bos)
+
+
+def _renderer() -> Callable[..., Any]:
+    """Jinja as transformers has it for templates: the sandbox, its filters and functions."""
+    # transformers advises on import to install PyTorch, which a replica does without on purpose.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    return cast(Callable[..., Any], render_jinja_template)
 
 
 def _family(config: dict[str, Any]) -> FamilyName:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import any_to_lark
 
 from cluster.errors import InvalidRequestError
+from cluster.tokenizer_files import FileTokenizer
 from deployments.engines.base import Logits, TokenMask
 
 # A client writes schemas and grammars: what llguidance may spend on one is bounded, in all and for each token. The most
@@ -57,19 +57,19 @@ class Grammar:
 class GrammarCompiler:
     """Grammars for one model's tokens. Compiled ones are kept, the latest few; any thread may call `mask`."""
 
-    def __init__(self, tokenizer: Any, token_bytes: Callable[[int], bytes], eos_ids: frozenset[int]) -> None:
-        """`tokenizer` is a fast one of `transformers`; `token_bytes` says what an id adds to the text that a client
-        gets (nothing for a special token)."""
-        backend = copy.copy(tokenizer.backend_tokenizer)
-        backend.no_padding()
-        backend.no_truncation()
-        known = set(backend.get_vocab(with_added_tokens=True).values())
+    def __init__(self, tokenizer: FileTokenizer, eos_ids: frozenset[int]) -> None:
+        known = frozenset(tokenizer.vocabulary().values())
         size = 1 + max(known | eos_ids)
-        self._tokenizer = LLTokenizer(backend.to_str(), n_vocab=size, eos_token=sorted(eos_ids & known) or None)
+        source = tokenizer.grammar_source()
+        self._tokenizer = LLTokenizer(
+            source if isinstance(source, str) else TokenizerWrapper(source),
+            n_vocab=size,
+            eos_token=sorted(eos_ids & known) or None,
+        )
         self._eos_ids = eos_ids
         # Special tokens never, not even where a grammar names them; and no token that llguidance reads in another way.
         self._text_tokens = np.array(
-            [bool(text := token_bytes(i)) and self._tokenizer.decode_bytes([i]) == text for i in range(size)]
+            [bool(text := tokenizer.token_bytes(i)) and self._tokenizer.decode_bytes([i]) == text for i in range(size)]
         )
         self._text_tokens[sorted(eos_ids)] = False
         self._matcher = functools.lru_cache(CACHED_GRAMMARS)(self._compile)

@@ -5,51 +5,42 @@ from __future__ import annotations
 
 import codecs
 import functools
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from cluster.byte_level import raw_bytes
-from cluster.errors import ArtifactError, EngineError, InvalidRequestError
+from cluster.checkpoint import CONFIG_FILE
+from cluster.errors import ArtifactError, CheckpointError, EngineError, InvalidRequestError
+from cluster.tokenizer_config import read_optional, read_tokenizer_config
+from cluster.tokenizer_files import end_tokens, load_tokenizer
 from deployments.chat import ChatTemplate, Conversation
 from deployments.engines.base import TokenMask
 from deployments.grammar import Grammar, GrammarCompiler
 
-SPACE_PIECE = "\u2581"  # sentencepiece's lower one eighth block, which stands for a space
-
 
 class Tokenizer:
-    """The Hugging Face tokenizer of an artifact's folder: local files only, never the checkpoint's own code.
+    """The tokenizer of an artifact's folder: what its files say (cluster/tokenizer_files.py), over bytes.
 
-    Decoding goes over bytes (`token_bytes`), a token at a time. It differs from `transformers`' decode in two points:
-    of an invalid run of byte tokens the valid characters are kept, and clean_up_tokenization_spaces is not applied;
-    both would change text that a stream has given away already.
+    Decoding goes a token at a time (`token_bytes`). It differs from the `tokenizers` library's decode, and from
+    sentencepiece's, in two points: of an invalid run of byte tokens the valid characters are kept, and
+    clean_up_tokenization_spaces is not applied; both would change text that a stream has given away already.
     """
 
     def __init__(self, folder: Path) -> None:
         """Raises ArtifactError for a folder whose tokenizer cannot be loaded or is of a kind unknown here."""
-        self._tokenizer = _load(folder)
-        state = json.loads(self._tokenizer.backend_tokenizer.to_str())
-        decoders = {decoder["type"] for decoder in _parts(state.get("decoder"), "decoders")}
-        if not decoders & {"ByteLevel", "ByteFallback", "Metaspace"}:
-            raise ArtifactError(f"{folder}: found a tokenizer that decodes by {sorted(decoders)}, allowed are ByteLevel"
-                                " (BPE) and ByteFallback or Metaspace (sentencepiece)")  # fmt: skip
-        self._byte_level = "ByteLevel" in decoders
-        # sentencepiece puts a space in front of a text; decoding takes it away again.
-        self.strips_first_space = not self._byte_level
-        self._added = {
-            token["id"]: b"" if token["special"] else str(token["content"]).encode()
-            for token in state.get("added_tokens", ())
-        }
-        self.eos_ids = _eos_ids(folder, self._tokenizer.eos_token_id)
-        self._chat = ChatTemplate(self._tokenizer, _json_object(folder / "config.json"))
+        try:
+            self._files = load_tokenizer(folder)
+            self.eos_ids = end_tokens(folder, self._files)
+            template = read_tokenizer_config(folder).template
+            self._chat = ChatTemplate(template, self._files.names, read_optional(folder / CONFIG_FILE))
+        except CheckpointError as error:
+            raise ArtifactError(str(error)) from error
+        self.strips_first_space = self._files.strips_first_space
 
     def encode(self, text: str, add_special_tokens: bool = True, field: str = "prompt") -> tuple[int, ...]:
         """With the special tokens that the tokenizer adds to a prompt (llama's BOS), unless told otherwise.
 
-        Raises InvalidRequestError, naming `field`, for half a surrogate pair, which JSON can carry and UTF-8 cannot."""
+        Raises InvalidRequestError, naming `field`, for what the tokenizer has no tokens for, and for half a surrogate
+        pair, which JSON can carry and UTF-8 cannot."""
         if not text.isascii():
             try:
                 text.encode()
@@ -58,7 +49,10 @@ class Tokenizer:
                     f"{field}: found half a surrogate pair at character {error.start}, allowed is valid Unicode",
                     field=field,
                 ) from None
-        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        try:
+            return tuple(self._files.encode(text, add_special_tokens))
+        except ValueError as error:
+            raise InvalidRequestError(f"{field}: the model's tokenizer refuses it: {error}", field=field) from error
 
     def encode_conversation(self, conversation: Conversation) -> tuple[int, ...]:
         """What the assistant's next message follows. Special tokens as for a prompt, unless the template wrote them.
@@ -74,8 +68,8 @@ class Tokenizer:
     def require_same_tokens(self, other: Tokenizer, field: str) -> None:
         """Raises EngineError, naming `field`, where a token id has another text in `other`. Ids that only one of them
         has do not count: vocabularies are padded, and tokens added."""
-        texts = {token: text for text, token in self._tokenizer.get_vocab().items()}
-        for text, token in other._tokenizer.get_vocab().items():
+        texts = {token: text for text, token in self._files.vocabulary().items()}
+        for text, token in other._files.vocabulary().items():
             if texts.get(token, text) != text:
                 raise EngineError(
                     f"{field}: found a tokenizer whose token {token} is {text!r}, allowed is one with the model's"
@@ -83,7 +77,7 @@ class Tokenizer:
                 )
 
     def mask(self, grammar: Grammar) -> TokenMask:
-        """For one completion from its first token on. The first call takes a second where the vocabulary is large.
+        """For one completion from its first token on. The first call takes some seconds where the vocabulary is large.
 
         What the grammar describes are the bytes of the new tokens: the space that a sentencepiece text loses where no
         visible prompt comes before it counts. Raises InvalidRequestError for a grammar that cannot be used."""
@@ -97,7 +91,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _grammars(self) -> GrammarCompiler:
-        return GrammarCompiler(self._tokenizer, self.token_bytes, self.eos_ids)
+        return GrammarCompiler(self._files, self.eos_ids)
 
     def decode(self, ids: Sequence[int], vocab_size: int | None = None) -> str:
         """The text of `ids` without special tokens; what an IncrementalDetokenizer gives in all for them.
@@ -114,17 +108,18 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """UTF-8, perhaps a part of a character; nothing for a special token and for an id beyond the tokenizer."""
-        added = self._added.get(token)
-        if added is not None:
-            return added
-        piece = self._tokenizer.backend_tokenizer.id_to_token(token)
-        if piece is None:
-            return b""
-        if self._byte_level:
-            return raw_bytes(piece)
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes([int(piece[3:5], 16)])
-        return str(piece).replace(SPACE_PIECE, " ").encode()
+        return self._files.token_bytes(token)
+
+    def special_ids(self, texts: Sequence[str]) -> frozenset[int]:
+        """The special tokens among those that are spelled as one of `texts`."""
+        return frozenset(id for text in texts if (id := self._files.token_id(text)) in self._files.special_ids)
+
+    def leading_bytes(self, token: int) -> bytes | None:
+        """The bytes of a token where nothing of the text has come before it; None where nothing has come still."""
+        if not self.token_bytes(token):
+            return None
+        data = self._files.first_bytes(token)
+        return None if self._files.strips_on and not data else data
 
 
 class IncrementalDetokenizer:
@@ -135,17 +130,20 @@ class IncrementalDetokenizer:
     def __init__(self, tokenizer: Tokenizer, continues: bool = False) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip_space = tokenizer.strips_first_space and not continues
+        self._begun = continues or not tokenizer.strips_first_space
         self.characters = 0  # given so far
 
     def add(self, ids: Sequence[int]) -> str:
-        data = b"".join(map(self._tokenizer.token_bytes, ids))
-        if self._strip_space and data:
-            self._strip_space = False
-            data = data.removeprefix(b" ")
-        text = self._decoder.decode(data)
+        text = self._decoder.decode(b"".join(map(self._bytes, ids)))
         self.characters += len(text)
         return text
+
+    def _bytes(self, token: int) -> bytes:
+        if self._begun:
+            return self._tokenizer.token_bytes(token)
+        data = self._tokenizer.leading_bytes(token)
+        self._begun = data is not None
+        return data or b""
 
     def end(self) -> str:
         """What was held back. No `add` may follow."""
@@ -187,13 +185,20 @@ class StopChecker:
         """What was held back and turned out to be no stop string."""
         return "" if self.stopped else self._held
 
+    def stop(self) -> str:
+        """The text ends here: what was held back."""
+        text, self.stopped = self.end(), True
+        return text
+
 
 class TextStream:
-    """Token ids to final text, cut at stop strings."""
+    """Token ids to final text, cut at stop strings. A special token has no text, so that one spelled as a stop string
+    is known by its id."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), continues: bool = False) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer, continues)
         self._stops = StopChecker(stops)
+        self._stop_ids = tokenizer.special_ids(stops)
 
     @property
     def stopped(self) -> bool:
@@ -206,7 +211,11 @@ class TextStream:
 
     def add(self, ids: Sequence[int], look: bool = True) -> str:
         """The text that is final now; `look` as StopChecker.add has it."""
-        return self._stops.add(self._detokenizer.add(ids), look)
+        end = next((i for i, token in enumerate(ids) if look and token in self._stop_ids), None)
+        text = self._stops.add(self._detokenizer.add(ids[:end]), look)
+        if end is not None:
+            text += self._stops.add(self._detokenizer.end()) + self._stops.stop()
+        return text
 
     def end(self) -> str:
         """What was held back; it may still complete a stop string."""
@@ -217,38 +226,3 @@ def _overlap(text: str, stop: str) -> int:
     """How long the longest end of `text` is that begins `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if text.endswith(stop[:length])), 0)
-
-
-def _load(folder: Path) -> Any:
-    # transformers advises on import to install PyTorch, which a replica does without on purpose.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ArtifactError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise ArtifactError(f"{folder}: found a {type(tokenizer).__name__}, which has no fast implementation")
-    return tokenizer
-
-
-def _parts(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """A tokenizer component, or its parts where it is a sequence of several."""
-    if component is None:
-        return []
-    return [component] if component["type"] != "Sequence" else list(component[key])
-
-
-def _eos_ids(folder: Path, of_tokenizer: int | None) -> frozenset[int]:
-    """Every token that ends a text: generation_config.json's, config.json's and the tokenizer's."""
-    found: set[int] = set() if of_tokenizer is None else {of_tokenizer}
-    for name in ("generation_config.json", "config.json"):
-        value = _json_object(folder / name).get("eos_token_id")
-        found.update(item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int))
-    return frozenset(found)
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    """Empty where there is no such file."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

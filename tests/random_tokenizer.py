@@ -76,7 +76,7 @@ def byte_level_tokenizer(tokens: int) -> dict[str, Any]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {
         "version": "1.0",
-        "added_tokens": [_special(0, pieces[0])],
+        "added_tokens": [special_token(0, pieces[0])],
         "pre_tokenizer": byte_level,
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(pieces[:tokens])}, "merges": merges},
@@ -91,7 +91,7 @@ def added_byte_level_tokenizer(kind: TokenizerKind, tokens: int) -> dict[str, An
     split = {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
-        "added_tokens": [_special(len(pieces) + i, text) for i, text in enumerate(specials)],
+        "added_tokens": [special_token(len(pieces) + i, text) for i, text in enumerate(specials)],
         "normalizer": {"type": "NFC"} if kind == "qwen2" else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": _begins_with(specials[0], len(pieces)) if kind == "llama3" else byte_level,
@@ -120,7 +120,7 @@ def sentencepiece_tokenizer(tokens: int) -> dict[str, Any]:
     ]
     return {
         "version": "1.0",
-        "added_tokens": [_special(i, text) for i, text in enumerate(SPECIALS["mistral"])],
+        "added_tokens": [special_token(i, text) for i, text in enumerate(SPECIALS["mistral"])],
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "post_processor": _begins_with("<s>", 1),
         "decoder": {"type": "Sequence", "decoders": decoders},
@@ -147,7 +147,7 @@ def _byte_level_pieces(count: int) -> tuple[list[str], list[list[str]]]:
     return pieces, merges
 
 
-def _special(token: int, content: str) -> dict[str, Any]:
+def special_token(token: int, content: str) -> dict[str, Any]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {"id": token, "content": content, **flags}
 

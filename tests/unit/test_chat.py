@@ -92,6 +92,7 @@ def test_the_family_is_found_by_the_model_type_too(tmp_path: Path, family: Famil
         ("{{ messages.append(1) }}", "unsafe|not safely"),
         ("{{ '%s'.__mod__.__self__.__class__ }}", "unsafe"),
         ("{% include '/etc/passwd' %}", "loader"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     ],
 )
 def test_what_a_template_refuses_names_the_messages(tmp_path: Path, template: str, why: str) -> None:

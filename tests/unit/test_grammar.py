@@ -21,6 +21,7 @@ from deployments.engines.base import TokenMask
 from deployments.grammar import MAX_CHARACTERS, MAX_GBNF_RULES, Grammar
 from deployments.text import Tokenizer
 from tests.conftest import DEMOS
+from tests.random_tokenizer import sentencepiece_tokenizer
 
 TOKENIZERS = {family: Tokenizer(DEMOS / family) for family in FAMILY_NAMES}
 VOCAB_SIZE = 530  # of a model that is padded beyond its tokenizer's 512
@@ -224,12 +225,10 @@ def test_a_model_without_end_token_is_refused() -> None:
 
 def test_a_tokenizer_that_llguidance_does_not_know_is_refused(tmp_path: Path) -> None:
     """Sentencepiece without byte tokens, as nibble itself can decode it."""
-    TOKENIZERS["llama"]._tokenizer.save_pretrained(tmp_path)
-    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    state = sentencepiece_tokenizer(312)
     state["decoder"] = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(state))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     with pytest.raises(InvalidRequestError, match="this model's tokenizer cannot follow grammars") as e:
         Tokenizer(tmp_path).mask(rules('start: "a"'))
     assert e.value.field == "grammar"

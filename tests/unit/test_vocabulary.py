@@ -17,6 +17,7 @@ from tests.random_tokenizer import (
     TokenizerKind,
     byte_level_tokenizer,
     sentencepiece_model,
+    special_token,
     tokenizer_files,
 )
 
@@ -52,17 +53,29 @@ def test_llama_added_tokens_are_left_out_where_the_model_has_no_room_for_them(ll
     assert len(read_vocabulary(llama, "llama", 262)) == 262
 
 
-@pytest.mark.parametrize("added", ['{"a": 300}', '{"a": "262"}', '{"a": 262, "b": 262}'])
+def test_llama_added_tokens_may_name_pieces_of_the_model_once_more(llama: Path) -> None:
+    (llama / "added_tokens.json").write_text(json.dumps({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 262}))
+    assert read_vocabulary(llama, "llama", 263)[262:] == [Token(b"a", -1000.0)]
+
+
+@pytest.mark.parametrize("added", ['{"a": 300}', '{"a": "262"}', '{"a": 262, "b": 262}', '{"a": 1, "b": 262}'])
 def test_llama_added_tokens_with_other_ids_are_refused(added: str, llama: Path) -> None:
     (llama / "added_tokens.json").write_text(added)
-    with pytest.raises(CheckpointError, match=r"added_tokens\.json: found ids .* from 262 on"):
+    with pytest.raises(CheckpointError, match=r"added_tokens\.json: found ids? "):
         read_vocabulary(llama, "llama", 263)
 
 
-@pytest.mark.parametrize("size", [261, 263])
-def test_llama_of_another_vocabulary_size_is_refused(size: int, llama: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"vocab_size {size}.* hold 262 tokens"):
-        read_vocabulary(llama, "llama", size)
+def test_llama_with_more_tokens_than_embeddings_is_refused(llama: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"vocab_size 261.* hold 262 tokens"):
+        read_vocabulary(llama, "llama", 261)
+
+
+def test_llama_with_more_embeddings_than_tokens_is_padded_as_transformers_runs_it(llama: Path) -> None:
+    (llama / "added_tokens.json").write_text(json.dumps({"a": 262}))
+    assert read_vocabulary(llama, "llama", 265)[262:] == [Token(b"a", -1000.0), *[Token(b"", -1000.0)] * 2]
+    config = {"added_tokens_decoder": {"262": {"content": "a"}, "264": {"content": "c"}}}
+    (llama / "tokenizer_config.json").write_text(json.dumps(config))
+    assert [token.text for token in read_vocabulary(llama, "llama", 266)[262:]] == [b"a", b"", b"c", b""]
 
 
 def test_llama_without_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -121,22 +134,25 @@ def fast_form(model: Path, kind: str) -> dict[str, Any]:
 
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
     spelled = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
-    vocab: Any = [[piece, pieces.get_score(i)] for i, piece in enumerate(spelled)]
+    model_state: dict[str, Any] = {
+        "type": "Unigram",
+        "vocab": [[piece, pieces.get_score(i)] for i, piece in enumerate(spelled)],
+        "unk_id": 0,
+    }
     if kind == "bpe":
-        vocab = {piece: i for i, piece in enumerate(spelled)}
-    special = [{"id": i, "content": spelled[i], "special": True} for i in range(3)]
+        model_state = {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(spelled)}, "merges": []}
     return {
-        "added_tokens": special,
+        "added_tokens": [special_token(i, spelled[i]) for i in range(3)],
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}]},
-        "model": {"type": {"bpe": "BPE", "unigram": "Unigram"}[kind], "vocab": vocab},
+        "model": model_state,
     }
 
 
 def test_tokens_added_to_tokenizer_json_come_as_from_added_tokens_json(tmp_path: Path) -> None:
     values = tokenizer_json_of(DEMO / "tokenizer.model", tmp_path / "fast")
     values["added_tokens"] += [
-        {"id": 512, "content": "<|user|>", "special": False},
-        {"id": 513, "content": "[PAD]", "special": True},
+        special_token(512, "<|user|>") | {"special": False},
+        special_token(513, "[PAD]"),
     ]
     (tmp_path / "fast" / "tokenizer.json").write_text(json.dumps(values))
     tokens = read_vocabulary(tmp_path / "fast", "llama", 515)
@@ -189,7 +205,7 @@ def test_a_damaged_tokenizer_model_is_refused(llama: Path) -> None:
 def test_a_tokenizer_model_that_does_not_fit_gives_way_to_tokenizer_json(llama: Path) -> None:
     """Llama 3's is tiktoken's; and a fine-tuned Mistral may have its new tokens in tokenizer.json alone."""
     files = tokenizer_files("mistral", 286)
-    files["tokenizer.json"]["added_tokens"].append({"id": 286, "content": "<|im_start|>", "special": True})
+    files["tokenizer.json"]["added_tokens"].append(special_token(286, "<|im_start|>"))
     (llama / "tokenizer.json").write_text(json.dumps(files["tokenizer.json"]))
     expected = read_vocabulary(llama, "llama", 288)
     assert expected[286:] == [Token(b"<|im_start|>", -1000.0), Token(b"", -1000.0)]
