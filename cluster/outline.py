@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cluster.checkpoint import CONFIG_FILE, read_config, read_json_object
+from cluster.checkpoint import CONFIG_FILE, read_config
+from cluster.checkpoint_files import read_json_object
 from cluster.config import ArtifactsConfig
 from cluster.hyperparameters import Hyperparameters, read_hyperparameters, require_engine
 from cluster.manifest import Manifest, TensorEntry

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cluster.checkpoint import CONFIG_FILE, read_json_object
+from cluster.checkpoint import CONFIG_FILE
+from cluster.checkpoint_files import read_json_object
 from cluster.errors import CheckpointError
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"

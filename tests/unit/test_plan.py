@@ -10,8 +10,11 @@ from cluster.errors import CheckpointError, ConfigError
 from cluster.families import FamilyName
 from cluster.plan import ConversionPlan, plan_conversion
 from cluster.weights import SINGLE_FILE, TensorSource, WeightsReader
+from deployments.text import Tokenizer
 from tests.random_checkpoint import SHAPES, Shape, write_random_checkpoint
 from tests.unit.changed_checkpoints import change_config, change_tensors
+
+CTC = {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True}
 
 
 def test_plan_covers_every_byte_once(family: FamilyName, checkpoint: Path) -> None:
@@ -102,6 +105,44 @@ def test_a_checkpoint_without_tokenizer_is_refused(family: FamilyName, checkpoin
         path.unlink()
     with pytest.raises(CheckpointError, match=r"no tokenizer\.(model|json)"):
         plan_conversion(checkpoint, family)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", '{"version": "1.0", "added'),
+        ("tokenizer_config.json", '{"a":' * 100_000),
+        ("tokenizer_config.json", '{"eos_token": 2}'),
+        ("added_tokens.json", '["a"]'),
+    ],
+)
+def test_a_tokenizer_that_a_replica_could_not_load_is_refused(
+    name: str, content: str, family: FamilyName, checkpoint: Path
+) -> None:
+    (checkpoint / name).write_text(content)
+    with pytest.raises(CheckpointError, match=name):
+        plan_conversion(checkpoint, family)
+
+
+def test_a_decoder_that_cannot_be_streamed_is_refused(bloom: Path) -> None:
+    path = bloom / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"decoder": CTC}))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: decoder: found CTC, allowed are ByteLevel"):
+        plan_conversion(bloom, "bloom")
+
+
+@pytest.mark.parametrize("added", [None, {"<unk>": 0, "<s>": 1, "</s>": 2, "<added>": 300}])
+def test_a_llama_may_have_more_embeddings_than_tokens(added: dict[str, int] | None, tmp_path: Path) -> None:
+    shape = SHAPES["llama-added-tokens"]._replace(vocabulary=320, tokens=300)
+    checkpoint = write_random_checkpoint(tmp_path, shape)
+    (checkpoint / "added_tokens.json").unlink()
+    if added is not None:
+        (checkpoint / "added_tokens.json").write_text(json.dumps(added))
+    # Empty names, as decapoda-research/llama-7b-hf has them.
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(dict.fromkeys(("bos_token", "eos_token"), "")))
+    plan = plan_conversion(checkpoint, "llama")
+    assert plan.tensors[0].shape[0] == 320
+    assert Tokenizer(checkpoint).encode("a")[0] == 1
 
 
 def test_a_truncated_weights_file_is_refused(family: FamilyName, checkpoint: Path) -> None:
