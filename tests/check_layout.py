@@ -38,6 +38,7 @@ RAY_FREE = (
     "cluster/tokenizer_files.py",
     "cluster/tokenizer_json.py",
     "cluster/tokenizer_model.py",
+    "cluster/verified.py",
     "cluster/vocabulary.py",
     "cluster/node_cache.py",
     "cluster/wanted.py",
