@@ -1,4 +1,8 @@
-"""The artifact store: a named detached actor that converts checkpoints once and owns their chunks in the object store.
+"""The artifact store: a named detached actor that converts checkpoints once, knows which artifacts there are, and owns
+their chunks in the object store.
+
+An artifact that a node holds in its cache needs no object store, as long as only replicas of that node want it. Its
+chunks are read into the object store when another node asks for them.
 
 Ray ties an object's life to the process that owns it. The actor submits the conversion's tasks, so it owns the chunks:
 they outlive the driver that asked for them and the worker that made them.
@@ -8,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +25,7 @@ from cluster.conversion import ShardReport, check_task, plan_task, shard_task
 from cluster.display import ConversionProgress
 from cluster.errors import ArtifactError
 from cluster.manifest import ChunkEntry, Manifest
-from cluster.node_cache import CachedArtifact, NodeCache
+from cluster.node_cache import CachedArtifact, NodeCache, ReadChunk
 from cluster.ray_errors import nibble_cause, raised_here
 from cluster.restoring import (
     alive_nodes,
@@ -30,6 +35,7 @@ from cluster.restoring import (
     durable_files,
     find_cached,
     find_durable,
+    has_durable,
     keep_durable,
     on_node,
     remove_durable,
@@ -41,12 +47,17 @@ from cluster.wanted import Wanted
 STORE_NAME = "artifact-store"
 NAMESPACE = "nibble"
 
+# At most so many tasks that reserve no CPU, and so run on a node full of replicas, keep a place busy at once. Each is a
+# worker process of 100 MB, and twice a chunk while it reads one.
+TASKS_AT_ONCE = 4
+
 
 class Published(NamedTuple):
-    """A published artifact: `chunks` are references to its bytes, `files` one to the files beside the binary."""
+    """A published artifact: `chunks` are references to its bytes, `files` one to the files beside the binary. Without
+    chunks, it lies in the cache of at least one node, and nowhere in the object store."""
 
     manifest: Manifest
-    chunks: list[Any]
+    chunks: list[Any] | None
     files: Any
 
 
@@ -55,89 +66,128 @@ class ArtifactStore:
     own death it restores an artifact when somebody asks for it."""
 
     def __init__(self) -> None:
-        self._published: dict[str, Published] = {}
-        self._running: dict[str, asyncio.Task[Published]] = {}
+        self._published: dict[str, Published] = {}  # with their chunks
+        self._held: dict[str, Manifest] = {}  # found in the cache of a node
+        self._running: dict[tuple[str, str], asyncio.Task[Published]] = {}
         self._progress: dict[str, ConversionProgress] = {}
+        self._turns: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(TASKS_AT_ONCE))
 
-    async def ensure(self, wanted: Wanted, config: ArtifactsConfig) -> Published:
-        """The artifact of a checkpoint: as published before, else from the durable copy, else from a node's cache, else
-        converted now. Who asks meanwhile waits for the same. Raises CheckpointError, also before anything is read
-        for what the wanted engine cannot run; ConversionError; or, where the durable copy cannot be written,
-        ArtifactError."""
+    async def ensure(self, wanted: Wanted, config: ArtifactsConfig, with_chunks: bool = False) -> Published:
+        """The artifact of a checkpoint: as published before, else from a node's cache, else from the durable copy, else
+        converted now. Who asks meanwhile waits for the same. `with_chunks`: in the object store; else it is enough that
+        a node has it in its cache.
+
+        Raises CheckpointError, also before anything is read for what the wanted engine cannot run; ConversionError; or,
+        where the durable copy cannot be written, ArtifactError."""
         with raised_here():
-            # By its address, or by the name of a Hub repository, an artifact is found without its checkpoint, which may
-            # lie on a Hub that is down; but a folder's content may have changed under its name.
-            known = wanted.artifact_id is not None or is_repository(wanted.source)
-            published = await self._remembered(wanted, config) if known else None
-            if published is None:
-                published = await self._planned(wanted, config)
-            if config.durable_uri is not None:
-                await keep_durable.remote(config.durable_uri, published.manifest, published.files, published.chunks)
+            published = await self._from_anywhere(wanted, config, with_chunks)
+            uri, manifest = config.durable_uri, published.manifest
+            if uri is not None and not await self._in_turn(uri, lambda: has_durable.remote(uri, manifest)):
+                addressed = wanted.model_copy(update={"artifact_id": manifest.artifact_id})
+                published = await self._from_anywhere(addressed, config, with_chunks=True)
+                _, chunks, files = published
+                await self._in_turn(uri, lambda: keep_durable.remote(uri, manifest, files, chunks))
         return published
 
-    async def _remembered(self, wanted: Wanted, config: ArtifactsConfig) -> Published | None:
-        for published in self._published.values():
-            if wanted.is_met_by(published.manifest):
-                if not wanted.runs(published.manifest):
-                    wanted.refuse(published.manifest, await published.files)
-                return published
-        return await self._restored(wanted, config)
-
-    async def _planned(self, wanted: Wanted, config: ArtifactsConfig) -> Published:
-        planned: PlannedConversion = await plan_task.remote(wanted, config)
+    async def _from_anywhere(self, wanted: Wanted, config: ArtifactsConfig, with_chunks: bool) -> Published:
+        # By its address, or by the name of a Hub repository, an artifact is found without its checkpoint, which may lie
+        # on a Hub that is down; but a folder's content may have changed under its name.
+        known = wanted.artifact_id is not None or is_repository(wanted.source)
+        published = await self._found(wanted, config, with_chunks) if known else None
+        if published is not None:
+            return published
+        planned: PlannedConversion = await self._in_turn("plan", lambda: plan_task.remote(wanted, config))
         artifact_id = planned.artifact_id
+        addressed = wanted.model_copy(update={"artifact_id": artifact_id})
+        convert = partial(self._convert, wanted.source, planned, config)
+        return await self._found(addressed, config, with_chunks) or await self._once(artifact_id, "convert", convert)
+
+    async def _in_turn(self, place: str, submit: Callable[[], Any]) -> Any:
+        """The result of a task that reserves no CPU. `place`: the node, or the service, that it keeps busy."""
+        async with self._turns[place]:
+            return await submit()
+
+    async def _once(
+        self, artifact_id: str, place: str, make: Callable[[], Coroutine[Any, Any, Published]]
+    ) -> Published:
+        """With chunks. What is published meanwhile, or is being made from the same place for another caller, is not
+        made again."""
         if artifact_id in self._published:
             return self._published[artifact_id]
-        if artifact_id not in self._running:
-            addressed = wanted.model_copy(update={"artifact_id": artifact_id})
-            making = asyncio.create_task(self._restore_or_convert(addressed, planned, config))
-            making.add_done_callback(lambda _: self._running.pop(artifact_id))
-            self._running[artifact_id] = making
-        return await asyncio.shield(self._running[artifact_id])
+        key = artifact_id, place
+        if key not in self._running:
+            making = asyncio.create_task(make())
+            making.add_done_callback(lambda _: self._running.pop(key))
+            self._running[key] = making
+        return await asyncio.shield(self._running[key])
 
-    async def _restore_or_convert(
-        self, wanted: Wanted, planned: PlannedConversion, config: ArtifactsConfig
-    ) -> Published:
-        return await self._restored(wanted, config) or await self._convert(wanted.source, planned, config)
+    async def _found(self, wanted: Wanted, config: ArtifactsConfig, with_chunks: bool) -> Published | None:
+        """Without a conversion; None where nobody has it whole."""
+        for published in self._published.values():
+            if wanted.is_met_by(published.manifest):
+                await require_runs(wanted, published.manifest, published.files)
+                return published
+        return await self._from_nodes(wanted, config, with_chunks) or await self._from_durable(wanted, config)
 
-    async def _restored(self, wanted: Wanted, config: ArtifactsConfig) -> Published | None:
-        """From the durable copy, else from the first node that has it; None where nobody has it whole."""
-        return await self._from_durable(wanted, config) or await self._from_nodes(wanted, config)
+    async def _from_nodes(self, wanted: Wanted, config: ArtifactsConfig, with_chunks: bool) -> Published | None:
+        """From the first node that can give it. A node that dies or evicts meanwhile never had it."""
+        for answer in asyncio.as_completed([self._held_by(node, wanted, config) for node in alive_nodes()]):
+            node, held = await answer
+            if held is None:
+                continue
+            with contextlib.suppress(RayError):
+                await require_runs(wanted, held.manifest, held.files)
+                self._held[held.manifest.artifact_id] = held.manifest
+                if not with_chunks:
+                    return held
+                chunk = partial(on_node(cached_chunk, node).remote, config, held.manifest)
+                read = partial(self._read, node, held.manifest, chunk, held.files)
+                return await self._once(held.manifest.artifact_id, node, read)
+        return None
+
+    async def _held_by(self, node: str, wanted: Wanted, config: ArtifactsConfig) -> tuple[str, Published | None]:
+        """Without chunks; None where the node has no undamaged copy."""
+        with contextlib.suppress(RayError):
+            manifest = await self._in_turn(node, lambda: on_node(find_cached, node).remote(config, wanted))
+            if manifest is not None:
+                return node, Published(manifest, None, on_node(cached_files, node).remote(config, manifest))
+        return node, None
 
     async def _from_durable(self, wanted: Wanted, config: ArtifactsConfig) -> Published | None:
         uri = config.durable_uri
-        manifest = await find_durable.remote(uri, wanted) if uri is not None else None
+        if uri is None:
+            return None
+        manifest = await self._in_turn(uri, lambda: find_durable.remote(uri, wanted))
         if manifest is None:
             return None
-        read = partial(durable_chunk.remote, uri, manifest)
+        files = durable_files.remote(uri, manifest)
+        read = partial(self._read, uri, manifest, partial(durable_chunk.remote, uri, manifest), files)
         try:
-            return await self._whole(wanted, manifest, read, durable_files.remote(uri, manifest))
+            await require_runs(wanted, manifest, files)
+            return await self._once(manifest.artifact_id, uri, read)
         except RayTaskError as error:
             if not isinstance(nibble_cause(error), ArtifactError):
                 raise
             await remove_durable.remote(uri, manifest.artifact_id)  # damaged: a good one is written in its place
             return None
 
-    async def _from_nodes(self, wanted: Wanted, config: ArtifactsConfig) -> Published | None:
-        nodes = alive_nodes()
-        found = [on_node(find_cached, node).remote(config, wanted) for node in nodes]
-        for node, manifest in zip(nodes, await asyncio.gather(*found, return_exceptions=True), strict=True):
-            if isinstance(manifest, Manifest):
-                read = partial(on_node(cached_chunk, node).remote, config, manifest)
-                files = on_node(cached_files, node).remote(config, manifest)
-                # A node that dies or evicts meanwhile is as good as one that never had it.
-                with contextlib.suppress(RayError):
-                    return await self._whole(wanted, manifest, read, files)
-        return None
+    async def _read(self, place: str, manifest: Manifest, chunk: Callable[[int], Any], files: Any) -> Published:
+        """Published once all of it was read, a few chunks at a time. `chunk(i)` begins to read one, and gives it and
+        its entry as a pair. Raises what a task raised."""
 
-    async def _whole(self, wanted: Wanted, manifest: Manifest, read: Callable[[int], Any], files: Any) -> Published:
-        """Published once all of it was read. `read` begins to read a chunk and gives it and its entry as a pair. Raises
-        what a task raised, and CheckpointError, before it reads any, for what the wanted engine cannot run."""
-        if not wanted.runs(manifest):
-            wanted.refuse(manifest, await files)
-        chunks = [read(index) for index in range(len(manifest.chunks))]
-        await asyncio.gather(files, *(entry for _, entry in chunks))
-        return self._publish(Published(manifest, [chunk for chunk, _ in chunks], files))
+        async def read_one(index: int) -> Any:
+            async with self._turns[place]:
+                data, entry = chunk(index)
+                await entry
+                return data
+
+        reads = [asyncio.create_task(read_one(index)) for index in range(len(manifest.chunks))]
+        try:
+            _, *chunks = await asyncio.gather(files, *reads)
+        finally:
+            for each in reads:
+                each.cancel()  # where one failed, the others that have not begun
+        return self._publish(Published(manifest, chunks, files))
 
     def _publish(self, published: Published) -> Published:
         self._published[published.manifest.artifact_id] = published
@@ -146,6 +196,7 @@ class ArtifactStore:
     def forget(self, artifact_id: str) -> None:
         """For who found a chunk lost or damaged: the next `ensure` restores the artifact or converts again."""
         self._published.pop(artifact_id, None)
+        self._held.pop(artifact_id, None)
 
     async def _convert(self, source: str, planned: PlannedConversion, config: ArtifactsConfig) -> Published:
         artifact_id, plan = planned.artifact_id, planned.plan
@@ -174,11 +225,18 @@ class ArtifactStore:
         self._progress[artifact_id] = self._progress[artifact_id].model_copy(update=changes)
 
     def manifests(self) -> list[Manifest]:
-        return [published.manifest for published in self._published.values()]
+        published = {artifact_id: published.manifest for artifact_id, published in self._published.items()}
+        return list((self._held | published).values())
 
     def progress(self) -> list[ConversionProgress]:
         """Of the conversions under way."""
         return list(self._progress.values())
+
+
+async def require_runs(wanted: Wanted, manifest: Manifest, files: Any) -> None:
+    """Raises CheckpointError where the wanted engine cannot run the artifact. `files`: as `Published` has it."""
+    if not wanted.runs(manifest):
+        wanted.refuse(manifest, await files)
 
 
 def store_handle() -> Any:
@@ -199,17 +257,21 @@ def store_handle() -> Any:
 
 
 async def fetch_artifact(wanted: Wanted, config: ArtifactsConfig) -> CachedArtifact:
-    """An artifact in this node's cache, converted and fetched where it must be. A chunk that was lost or damaged in
-    the object store is made once again before this gives up with ArtifactError."""
-    cache = NodeCache(config.cache_dir, config.cache_size)
-    if wanted.artifact_id is not None:
-        cached = await asyncio.to_thread(cache.cached, wanted.artifact_id)
-        if cached is not None:
-            return cached
-    store = store_handle()
+    """An artifact in this node's cache; what is there already costs no look at the object store. Otherwise converted
+    and fetched where it must be. A chunk that was lost or damaged in the object store is made once again before this
+    gives up with ArtifactError."""
+    store, cache = store_handle(), NodeCache(config.cache_dir, config.cache_size)
+    artifact_id = wanted.artifact_id
+    if artifact_id is None:
+        with raised_here():
+            artifact_id = (await store.ensure.remote(wanted, config)).manifest.artifact_id
+    cached = await asyncio.to_thread(cache.cached, artifact_id)
+    if cached is not None:
+        return cached
+    addressed = wanted.model_copy(update={"artifact_id": artifact_id})
     for attempt in range(2):
         with raised_here():
-            published: Published = await store.ensure.remote(wanted, config)
+            published: Published = await store.ensure.remote(addressed, config, with_chunks=True)
         try:
             return await asyncio.to_thread(fetch_published, published, config)
         except (ArtifactError, ObjectLostError):
@@ -220,7 +282,15 @@ async def fetch_artifact(wanted: Wanted, config: ArtifactsConfig) -> CachedArtif
 
 
 def fetch_published(published: Published, config: ArtifactsConfig) -> CachedArtifact:
-    """As NodeCache.fetch; raises ObjectLostError where a chunk can neither be read nor made again."""
-    files = ray.get(published.files)
+    """As NodeCache.fetch, of an artifact with chunks; raises ObjectLostError where a chunk can neither be read nor made
+    again."""
     cache = NodeCache(config.cache_dir, config.cache_size)
-    return cache.fetch(published.manifest, files, lambda index: memoryview(ray.get(published.chunks[index])))
+    return cache.fetch(published.manifest, ray.get(published.files), chunk_reader(published))
+
+
+def chunk_reader(published: Published) -> ReadChunk:
+    """Gets the chunks of an artifact in the object store, one at a time."""
+    chunks = published.chunks
+    if chunks is None:
+        raise ArtifactError(f"{published.manifest.artifact_id}: it was asked for without its chunks")
+    return lambda index: memoryview(ray.get(chunks[index]))

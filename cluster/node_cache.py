@@ -25,6 +25,7 @@ from filelock import FileLock
 from cluster.digests import bytes_sha256, check_digest, file_sha256
 from cluster.errors import ArtifactError
 from cluster.manifest import MANIFEST_FILE, Manifest
+from cluster.verified import is_verified, mark_verified, stamp_file
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -86,6 +87,7 @@ class NodeCache:
         artifact = self.use(manifest.artifact_id)
         try:
             publish_folder(staging, artifact.folder, manifest)
+            mark_verified(artifact.folder / manifest.binary, manifest.sha256)
             touch(artifact.folder)
             self.evict()
         except BaseException:
@@ -141,13 +143,29 @@ class NodeCache:
         return found
 
     def holds(self, manifest: Manifest) -> bool:
-        """Whether this node has the artifact, undamaged. Reads it whole, which also warms the page cache for mmap."""
+        """Whether this node has the artifact, undamaged. Reads the binary only where it changed since it was last found
+        so (`cluster.verified`)."""
+        return self._compare(manifest, is_verified)
+
+    def verify(self, manifest: Manifest) -> bool:
+        """As `holds`, but reads the binary in any case."""
+        sound = self._compare(manifest, lambda path, sha256: file_sha256(path) == sha256)
+        if not sound:
+            self.doubt(manifest)
+        return sound
+
+    def doubt(self, manifest: Manifest) -> None:
+        """For whoever read damaged bytes: `holds` reads the binary again before it says yes."""
+        with contextlib.suppress(OSError):
+            stamp_file(self.folder / manifest.artifact_id / manifest.binary).unlink()
+
+    def _compare(self, manifest: Manifest, matches: Callable[[Path, str], bool]) -> bool:
         target = self.folder / manifest.artifact_id
         try:
             if Manifest.read(target) != manifest:
                 return False
-            expected = {**manifest.files, manifest.binary: manifest.sha256}
-            return all(file_sha256(target / name) == sha256 for name, sha256 in expected.items())
+            files = all(file_sha256(target / name) == sha256 for name, sha256 in manifest.files.items())
+            return files and matches(target / manifest.binary, manifest.sha256)
         except (OSError, ValueError):
             return False
 
@@ -164,7 +182,7 @@ class NodeCache:
         for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else ():
             if folder.name.startswith("."):
                 raise ArtifactError(f"{folder}: left behind by a fetch that did not end")
-            if folder.is_dir() and not self.holds(Manifest.read(folder)):
+            if folder.is_dir() and not self.verify(Manifest.read(folder)):
                 raise ArtifactError(f"{folder}: does not fit its manifest; remove the folder, it is fetched again")
 
 

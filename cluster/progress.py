@@ -17,14 +17,15 @@ POLL_S = 0.2
 
 
 def ensure_artifacts(
-    wanted: Sequence[Wanted], config: ArtifactsConfig, console: Console | None = None
+    wanted: Sequence[Wanted], config: ArtifactsConfig, console: Console | None = None, with_chunks: bool = False
 ) -> list[Published]:
-    """The artifacts, in order; converts what is missing, and shows how far it is.
+    """The artifacts, in order; converts what is missing, and shows how far it is. `with_chunks`: each is in the object
+    store in the end, even one that a node has in its cache.
 
     Raises CheckpointError or ConversionError for the first that fails. `console` None: shows nothing.
     """
     store = store_handle()
-    refs = [store.ensure.remote(each, config) for each in wanted]
+    refs = [store.ensure.remote(each, config, with_chunks) for each in wanted]
     with ConversionDisplay(console) as display:
         pending = refs
         while pending:
@@ -32,5 +33,7 @@ def ensure_artifacts(
             display.update(ray.get(store.progress.remote()))
             with raised_here():
                 for ref in done:
-                    display.say(f"published {describe(ray.get(ref).manifest)}")
+                    published: Published = ray.get(ref)
+                    where = "found in a node's cache" if published.chunks is None else "published"
+                    display.say(f"{where} {describe(published.manifest)}")
     return ray.get(refs)  # type: ignore[no-any-return]

@@ -29,6 +29,11 @@ def find_durable(uri: str, wanted: Wanted) -> Manifest | None:
     return next((manifest for manifest in manifests if manifest and wanted.is_met_by(manifest)), None)
 
 
+@ray.remote(num_cpus=0, max_retries=TASK_RETRIES)
+def has_durable(uri: str, manifest: Manifest) -> bool:
+    return DurableCopy(uri).manifest(manifest.artifact_id) == manifest
+
+
 @ray.remote(num_cpus=0, max_retries=TASK_RETRIES, num_returns=2, scheduling_strategy="SPREAD")
 def durable_chunk(uri: str, manifest: Manifest, index: int) -> tuple[Any, ChunkEntry]:
     return np.frombuffer(DurableCopy(uri).read_chunk(manifest, index), np.uint8), manifest.chunks[index]
@@ -63,7 +68,10 @@ def cached_chunk(config: ArtifactsConfig, manifest: Manifest, index: int) -> tup
     with (cache_folder(config, manifest) / manifest.binary).open("rb") as file:
         file.seek(chunk.offset)
         data = file.read(chunk.bytes)
-    check_digest(f"chunk {index} of {manifest.artifact_id} in {config.cache_dir}", bytes_sha256(data), chunk.sha256)
+    sha256 = bytes_sha256(data)
+    if sha256 != chunk.sha256:
+        NodeCache(config.cache_dir).doubt(manifest)
+    check_digest(f"chunk {index} of {manifest.artifact_id} in {config.cache_dir}", sha256, chunk.sha256)
     return np.frombuffer(data, np.uint8), chunk
 
 

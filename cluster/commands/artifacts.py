@@ -67,7 +67,7 @@ class CachePlace:
 
     def verify(self) -> Iterable[Finding]:
         states = {True: "undamaged", False: "damaged"}
-        return [finding(self.name, each, states[self._cache.holds(each)]) for each in self._cache.manifests()]
+        return [finding(self.name, each, states[self._cache.verify(each)]) for each in self._cache.manifests()]
 
     def remove(self, artifact_id: str) -> Iterable[Finding]:
         found = [manifest for manifest in self._cache.manifests() if manifest.artifact_id == artifact_id]

@@ -52,15 +52,15 @@ def convert_on_cluster(wanted: Wanted, output: Path, address: str, console: Cons
     """Writes the artifact to the folder `output`, whole or not at all."""
     import ray  # a second and 60 MB, which only this way costs
 
+    from cluster.artifact_store import chunk_reader
     from cluster.progress import ensure_artifacts
     from cluster.ray_cluster import joined_cluster
 
     with joined_cluster(address):
-        (published,) = ensure_artifacts([wanted], ArtifactsConfig(), console)
+        (published,) = ensure_artifacts([wanted], ArtifactsConfig(), console, with_chunks=True)
         manifest = published.manifest
         with Staging(output.parent, manifest.artifact_id) as staging:
-            chunks = published.chunks
-            sha256 = write_binary(staging / manifest.binary, manifest, lambda i: memoryview(ray.get(chunks[i])))
+            sha256 = write_binary(staging / manifest.binary, manifest, chunk_reader(published))
             check_digest(manifest.binary, sha256, manifest.sha256)
             write_files(staging, ray.get(published.files))
             publish_folder(staging, output, manifest)

@@ -18,9 +18,9 @@ def small_bloom(seed: int) -> Shape:
     return Shape("bloom", width=192, heads=6, layers=2, seed=seed)
 
 
-def ensure(source: Path | str, cache: Path, durable: Path | None = None) -> Published:
+def ensure(source: Path | str, cache: Path, durable: Path | None = None, with_chunks: bool = True) -> Published:
     with raised_here():
-        return ray.get(store_handle().ensure.remote(wanted(source), artifacts(cache, durable)))
+        return ray.get(store_handle().ensure.remote(wanted(source), artifacts(cache, durable), with_chunks))
 
 
 def wanted(source: Path | str) -> Wanted:

@@ -29,7 +29,7 @@ OBSTACLE = r"config\.json: num_hidden_layers: found 3, allowed is one of 16, .*;
 def ensure(source: str, engine: EngineName | None, cache: Path, durable: Path | None = None) -> Published:
     wanted = Wanted(source=source, family="gptneox", quantization="q4_0", engine=engine)
     with raised_here():
-        return ray.get(store_handle().ensure.remote(wanted, artifacts(cache, durable)))
+        return ray.get(store_handle().ensure.remote(wanted, artifacts(cache, durable), with_chunks=True))
 
 
 def shallow_checkpoint(folder: Path, seed: int) -> Path:
