@@ -101,6 +101,7 @@ class BigdlEngine:
             "threads": self.threads,
             "cores": ",".join(str(core) for core in self.cores),
             "context": self.context,
+            "mapped_bytes": self._model.mapped_bytes,  # of weights, which the node's replicas share
             **asdict(self._counters),
         }
 

@@ -22,7 +22,9 @@ import numpy.typing as npt
 from cluster.errors import EngineError
 from cluster.families import FamilyName
 from cluster.isa import Isa, load_library
+from cluster.manifest import TensorEntry
 from deployments.engines.base import Logits
+from deployments.engines.mapped_tensors import MappedTensors
 
 Floats = npt.NDArray[np.float32]
 
@@ -34,6 +36,12 @@ class NativeModel(Protocol):
     """A loaded library context with one sequence in its KV cache."""
 
     vocab_size: int
+    mapped_bytes: int  # of quantized matrices that lie in the mapped file, shared by the replicas of a node
+
+    def share_weights(self, binary: Path, tensors: Sequence[TensorEntry]) -> None:
+        """Makes the quantized matrices among `tensors` lie in a mapping of `binary`, the file that was loaded. Logits
+        stay the same, bit for bit. Raises OSError where the file cannot be mapped."""
+        ...
 
     def evaluate(self, tokens: Sequence[int], past: int) -> Logits:
         """Puts `tokens` at the positions from `past` on, after the first `past` tokens evaluated before, as one batch.
@@ -109,6 +117,7 @@ class LlamaApi:
         self.vocab_size = int(self._function("n_vocab", int_, context_pointer)(handle))
         self.width = int(self._function("n_embd", int_, context_pointer)(handle))
         self.context = int(self._function("n_ctx", int_, context_pointer)(handle))
+        self.mapped_bytes = 0
 
     @classmethod
     def load(cls, library: ctypes.CDLL, prefix: str, binary: Path, threads: int, context: int) -> LlamaApi | None:
@@ -127,6 +136,11 @@ class LlamaApi:
         init.restype, init.argtypes = ctypes.c_void_p, [ctypes.c_char_p, ctypes.POINTER(_ContextParams)]
         handle = init(os.fsencode(binary), ctypes.byref(params))
         return cls(library, prefix, handle, threads) if handle else None
+
+    def share_weights(self, binary: Path, tensors: Sequence[TensorEntry]) -> None:
+        # The library has mapped the file itself where it can.
+        if self._function("mmap_supported", ctypes.c_bool)():
+            self.mapped_bytes = sum(entry.bytes for entry in tensors if entry.type != "f32")
 
     def evaluate(self, tokens: Sequence[int], past: int) -> Logits:
         logits: Logits = self._all_logits(tokens, past)[-1]
@@ -179,6 +193,8 @@ class ForwardApi:
 
     def __init__(self, library: ctypes.CDLL, prefix: str, handle: int, threads: int, context: int) -> None:
         self._library, self._prefix, self._handle, self._threads = library, prefix, handle, threads
+        self._mapped: MappedTensors | None = None
+        self.mapped_bytes = 0
         int_, handle_ = ctypes.c_int, ctypes.c_void_p
         self._forward = _prototype(library, "forward_api", int_, handle_, _INT_POINTER, int_, int_, int_, int_)
         self._embed = _prototype(
@@ -204,6 +220,10 @@ class ForwardApi:
         load = _prototype(library, f"{prefix}_load", ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_int)
         handle = load(os.fsencode(binary), context, threads)
         return cls(library, prefix, handle, threads, context) if handle else None
+
+    def share_weights(self, binary: Path, tensors: Sequence[TensorEntry]) -> None:
+        self._mapped = MappedTensors(self._handle, binary, tensors)
+        self.mapped_bytes = self._mapped.bytes
 
     def evaluate(self, tokens: Sequence[int], past: int) -> Logits:
         self._forget_beyond(past, tokens[0])
@@ -233,7 +253,11 @@ class ForwardApi:
         return bytes(self._token_chars(self._handle, token) or b"")
 
     def close(self) -> None:
+        if self._mapped:
+            self._mapped.reopen()  # the library frees its own memory and may use it again
         _prototype(self._library, f"{self._prefix}_free", None, ctypes.c_void_p)(self._handle)
+        if self._mapped:
+            self._mapped.close()
 
     def _find_logits(self) -> Logits:
         int_ = ctypes.c_int

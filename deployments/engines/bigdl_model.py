@@ -38,6 +38,7 @@ class CachedModel:
 
     def __init__(self, native: NativeModel, context: int) -> None:
         self.vocab_size = native.vocab_size
+        self.mapped_bytes = native.mapped_bytes
         self.context = context
         self._native = native
         self._tokens: list[int] = []  # in the KV cache
@@ -170,6 +171,11 @@ def load_model(folder: Path, threads: int, context: int, isa: Isa, quiet: bool =
         raise EngineError(f"context: found {context}, allowed for this {manifest.family} model is {allowed}")
     # starcoder's library allocates the positions that the file has, whatever it is asked for.
     native = load_native(binary, manifest.family, isa, threads, context, quiet)
+    try:
+        native.share_weights(binary, manifest.tensors)
+    except OSError as error:
+        native.close()
+        raise EngineError(f"{binary}: the system does not map this file into memory: {error.strerror}") from error
     vocab_size = next((tensor.shape[0] for tensor in manifest.tensors if tensor.name in OUTPUT_TENSORS), None)
     if vocab_size != native.vocab_size:
         native.close()
