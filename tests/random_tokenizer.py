@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import islice, product
 from typing import Any, Literal
 
 from cluster.byte_level import BYTE_OF_CHARACTER
@@ -69,14 +70,18 @@ def tokenizer_files(kind: TokenizerKind, tokens: int) -> dict[str, Any]:
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": TOKENIZER_CONFIGS[kind]}
 
 
-def byte_level_tokenizer(tokens: int) -> dict[str, Any]:
-    """tokenizer.json of a byte-level BPE with `tokens` ids: one special, the 256 bytes, then merges."""
-    pieces, merges = _byte_level_pieces(tokens - 1)
-    pieces = ["<|endoftext|>", *pieces]
+def byte_level_tokenizer(
+    tokens: int, first: Sequence[str] = ("<|endoftext|>",), last: Sequence[str] = ()
+) -> dict[str, Any]:
+    """tokenizer.json of a byte-level BPE with `tokens` ids: the special ones `first`, the 256 bytes, merges, and the
+    special ones `last`, which the model's vocabulary does not have."""
+    pieces, merges = _byte_level_pieces(tokens - len(first) - len(last))
+    pieces = [*first, *pieces]
+    specials = [*enumerate(first), *enumerate(last, start=len(pieces))]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return {
         "version": "1.0",
-        "added_tokens": [special_token(0, pieces[0])],
+        "added_tokens": [special_token(token, text) for token, text in specials],
         "pre_tokenizer": byte_level,
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(pieces[:tokens])}, "merges": merges},
@@ -136,14 +141,14 @@ def sentencepiece_tokenizer(tokens: int) -> dict[str, Any]:
 
 
 def _byte_level_pieces(count: int) -> tuple[list[str], list[list[str]]]:
-    """The first `count` of the 256 bytes and what merges make of two of them; and these merges."""
+    """The first `count` of the 256 bytes and what merges make of two of them, then of three, ...; and these merges."""
     characters = sorted(BYTE_OF_CHARACTER, key=BYTE_OF_CHARACTER.__getitem__)
-    pieces, merges = [*characters], []
-    for left in characters:
-        for right in characters[97:123]:
-            if len(pieces) < count:
-                pieces.append(left + right)
-                merges.append([left, right])
+    pieces, merges, shorter = [*characters], [], characters
+    while len(pieces) < count:
+        pairs = list(islice(product(shorter, characters[97:123]), count - len(pieces)))
+        merges += [[left, right] for left, right in pairs]
+        shorter = [left + right for left, right in pairs]
+        pieces += shorter
     return pieces, merges
 
 

@@ -34,14 +34,19 @@ def write_zip(path: Path, tensors: Tensors, pickle: bytes | None = None, byteord
     write_archive(path, state_pickle(tensors) if pickle is None else pickle, storages, byteorder)
 
 
-def write_archive(path: Path, pickle: bytes, storages: Iterable[bytes] = (), byteorder: bytes = b"little") -> None:
+def write_archive(
+    path: Path, pickle: bytes, storages: Iterable[bytes | Iterable[bytes]] = (), byteorder: bytes = b"little"
+) -> None:
+    """`storages`: each as a whole, or in pieces where it need not be in memory at once."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", pickle)
         archive.writestr("archive/byteorder", byteorder)
         for i, data in enumerate(storages):
             entry = zipfile.ZipInfo(f"archive/data/{i}")
             entry.extra = struct.pack("<2sH", b"FB", 5) + b"Z" * 5  # torch pads so; the directory at the end does not
-            archive.writestr(entry, data)
+            with archive.open(entry, "w", force_zip64=not isinstance(data, bytes)) as file:
+                for piece in [data] if isinstance(data, bytes) else data:
+                    file.write(piece)
         archive.writestr("archive/version", b"3\n")
 
 

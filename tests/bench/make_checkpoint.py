@@ -72,15 +72,21 @@ def write_file(path: Path, shapes: Shapes) -> None:
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for number, (name, shape) in enumerate(shapes.items()):
-            left = size(shape) // 2
-            if len(shape) == 1:
-                file.write(np.full(left, 0 if name.endswith(".bias") else 1, "<f2").tobytes())
-                continue
-            start = number * 7919 % len(BLOCK)
-            while left:
-                piece = BLOCK[start : start + left]
-                file.write(piece.data)
-                left, start = left - len(piece), 0
+            for piece in numbers(name, shape, number):
+                file.write(piece)
+
+
+def numbers(name: str, shape: tuple[int, ...], number: int, kind: str = "<f2") -> Iterator[bytes]:
+    """A tensor's bytes in pieces; `number` says where in the block it begins."""
+    left = int(np.prod(shape))
+    if len(shape) == 1:
+        yield np.full(left, 0 if name.endswith(".bias") else 1, kind).tobytes()
+        return
+    block, start = BLOCK.astype(kind, copy=False), number * 7919 % len(BLOCK)
+    while left:
+        piece = block[start : start + left]
+        yield piece.tobytes()
+        left, start = left - len(piece), 0
 
 
 def main() -> None:

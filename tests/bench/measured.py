@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 SAMPLE_S = 0.1
 SAMPLES_A_SUM = 2  # to sum proportional memory takes the kernel milliseconds of a core
@@ -19,9 +21,10 @@ class Measured:
     """Bytes and seconds. `peak` is the greatest sum of the processes' proportional memory (a page that n of them share
     counts 1/n in each), `private` that of what is no page of a file, which the kernel could drop; `largest` the
     greatest memory of one process while its title held `title`, without what lies in Ray's object store; `written` what
-    went to files on disks, whether or not they were deleted later."""
+    went to files on disks, whether or not they were deleted later; `cpu_seconds` those of all that were waited for."""
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     peak: int = 0
     private: int = 0
     largest: int = 0
@@ -30,9 +33,36 @@ class Measured:
     _written_by: dict[int, int] = field(default_factory=dict)
 
 
-def measure(command: Sequence[str], environment: dict[str, str], cwd: Path, title: str) -> Measured:
-    """Raises RuntimeError with the command's output where it fails."""
-    result, started = Measured(), time.perf_counter()
+class ProcessMemory(NamedTuple):
+    """Bytes: anonymous, of memory that processes share (shmem, memfd; in proportion), of mapped files (the same)."""
+
+    private: int
+    shared: int
+    mapped: int
+
+
+def memory_of(pid: int) -> ProcessMemory:
+    """Nothing of a process that has ended."""
+    try:
+        fields = _fields(pid, "smaps_rollup")
+        return ProcessMemory(fields["Pss_Anon"], fields["Pss_Shmem"], fields["Pss_File"])
+    except (OSError, KeyError):
+        return ProcessMemory(0, 0, 0)
+
+
+def title_of(pid: int) -> str:
+    """The command line, which Ray's workers change to what they run; empty for a process that has ended."""
+    try:
+        return (PROC / str(pid) / "cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def measure(
+    command: Sequence[str], environment: dict[str, str], cwd: Path, title: str, timeout: float = float("inf")
+) -> Measured:
+    """Raises RuntimeError with the command's output where it fails, or takes longer than `timeout` seconds."""
+    result, started, cpu_before = Measured(), time.perf_counter(), _children_cpu()
     child = subprocess.Popen(
         command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -43,7 +73,9 @@ def measure(command: Sequence[str], environment: dict[str, str], cwd: Path, titl
         _sample(known, title, result, with_sum=count % SAMPLES_A_SUM == 0)
         count += 1
         time.sleep(SAMPLE_S)
-    result.seconds = time.perf_counter() - started
+        if time.perf_counter() - started > timeout:
+            child.kill()
+    result.seconds, result.cpu_seconds = time.perf_counter() - started, _children_cpu() - cpu_before
     assert child.stdout is not None
     result.output = child.stdout.read()
     result.written = sum(result._written_by.values())
@@ -66,6 +98,11 @@ def descendants(known: set[int]) -> set[int]:
     return found
 
 
+def _children_cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def _sample(pids: set[int], title: str, result: Measured, with_sum: bool) -> None:
     memory = private = 0
     for pid in pids:
@@ -75,7 +112,7 @@ def _sample(pids: set[int], title: str, result: Measured, with_sum: bool) -> Non
                 memory += pss["Pss"]
                 private += pss["Pss_Anon"] + pss["Pss_Shmem"]
             result._written_by[pid] = _fields(pid, "io")["write_bytes"]
-            if title in (PROC / str(pid) / "cmdline").read_text():
+            if title in title_of(pid):
                 status = _fields(pid, "status")
                 result.largest = max(result.largest, status["RssAnon"] + status["RssFile"])
         except (OSError, KeyError):
