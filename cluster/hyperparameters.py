@@ -53,7 +53,7 @@ class Hyperparameters(NamedTuple):
     heads: int
     key_value_heads: int  # of the checkpoint; the binary has each repeated for the query heads that share it
     layers: int
-    tied: bool  # the output matrix is the token embedding
+    tied: bool  # by config.json, the output matrix is the token embedding; what is stored may say otherwise
     header: tuple[int, ...]  # the integers of the binary's head, in the family's order
     epsilon: float  # of the RMS norms (llama) or layer norms
     activation: Activation

@@ -208,10 +208,11 @@ def _check_length(path: Path, tensor: str, kind: str, shape: tuple[int, ...], fo
             f"{path}: corrupt header at tensor {tensor}: found type {kind!r:.40}; allowed are"
             f" {', '.join(_SAFETENSORS_BITS)}"
         )
-    if 8 * found != bits * math.prod(shape):
+    expected, rest = divmod(bits * math.prod(shape), 8)
+    if rest or found != expected:
         raise CheckpointError(
             f"{path}: corrupt header at tensor {tensor}: found {found} bytes, {kind} of shape {list(shape)} takes"
-            f" {bits * math.prod(shape) / 8:g}"
+            f" {expected}{f' and {rest} bits' if rest else ''}"
         )
 
 

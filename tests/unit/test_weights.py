@@ -121,7 +121,7 @@ LAYOUTS: list[tuple[Any, int, str | None]] = [
     ({"a": entry(2, 2), "b": entry(0, 4)}, 4, "tensor a begins at byte .* neither gaps nor overlaps"),
     ({"a": entry(0, 4), "b": entry(4, 8)}, 7, "truncated: tensor b"),
     ({"a": entry(0, 4, shape=[1], dtype="I64")}, 4, "found 4 bytes, I64 of shape .1. takes 8"),
-    ({"a": entry(0, 2, shape=[3], dtype="F4")}, 2, "found 2 bytes, F4 of shape .3. takes 1.5"),
+    ({"a": entry(0, 2, shape=[3], dtype="F4")}, 2, "found 2 bytes, F4 of shape .3. takes 1 and 4 bits"),
     ({"a": entry(0, 4, dtype="F12")}, 4, "found type 'F12'; allowed are F64,"),
     ({"a": entry(0, 4, dtype="u8")}, 4, "found type 'u8'"),
     ({"a": entry(0, 4), "__metadata__": {"a": 1}}, 4, "__metadata__: found .*, allowed is an object of texts"),
