@@ -35,6 +35,7 @@ from cluster.checkpoint import COMPANION_FILES, CONFIG_FILE, PlanningFolder
 from cluster.digests import file_sha256
 from cluster.errors import CheckpointError, HubUnavailableError, NoRepositoryError
 from cluster.families import FAMILIES
+from cluster.hub_download import fetch_blob
 from cluster.hub_requests import ATTEMPTS, DamagedDownloadError, ask
 from cluster.weights import FORMS
 
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 HEADER_GUESS_BYTES = 64 << 10  # what most headers fit in; a longer one takes a second request
 _MAX_HEADER_BYTES = 100 << 20
 _CONNECTIONS = 8
+_WEIGHTS = tuple({form.suffix for form in FORMS})
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -152,8 +154,8 @@ def list_files(repo: str, commit: str) -> tuple[dict[str, HubFile], str]:
 
 def download(repo: str, commit: str, names: Iterable[str]) -> Path:
     """A folder on this node that has these files of a commit: a snapshot of huggingface_hub's cache, which also keeps
-    processes from downloading the same file at once. What is cached is not asked for. A connection that is cut is
-    taken up where it broke, and weights that arrive are compared with the Hub's sha256.
+    processes from downloading the same file at once. What is cached is not asked for. A download of weights that was
+    cut is taken up where it broke, and what arrives is compared with the Hub's sha256.
 
     Raises CheckpointError where the Hub refuses or cannot be asked.
     """
@@ -166,6 +168,8 @@ def _download_file(repo: str, commit: str, name: str) -> Path:
     """Under a lock, so that no process takes a file that another has not yet compared."""
 
     def downloaded() -> Path:
+        if name.endswith(_WEIGHTS) and fetch_blob(repo, commit, name, _cache_folder(repo) / "blobs"):
+            return Path(hf_hub_download(repo, name, revision=commit))
         path = Path(hf_hub_download(repo, name, revision=commit))
         sha256 = _linked_sha256(path)
         if sha256 and file_sha256(path) != sha256:

@@ -23,6 +23,7 @@ RAY_FREE = (
     "cluster/display.py",
     "cluster/ggml.py",
     "cluster/hub.py",
+    "cluster/hub_download.py",
     "cluster/hub_requests.py",
     "cluster/hyperparameters.py",
     "cluster/layouts.py",
