@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.artifact_store import Published, fetch_artifact, fetch_published, store_handle
+from cluster.artifact_store import TASKS_AT_ONCE, Published, fetch_artifact, fetch_published, store_handle
 from cluster.config import ArtifactsConfig
 from cluster.digests import file_sha256
 from cluster.node_cache import NodeCache
+from cluster.verified import mark_verified, stamp_file
 from tests.integration.converting import artifacts, ensure, small_bloom, wanted
 from tests.integration.processes import NIBBLE, ROOT, Sandbox
 from tests.random_checkpoint import Shape, write_random_checkpoint
@@ -89,6 +90,57 @@ def test_a_store_that_died_restores_from_a_node_s_cache(ray_node: None, tmp_path
     assert again.manifest == first.manifest
     assert binary_inode(tmp_path / "cache", again) == inode  # a conversion would have replaced it
     assert_whole(again, tmp_path / "other")
+
+
+def test_an_artifact_in_the_node_s_cache_needs_no_object_store(ray_node: None, tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "model", small_bloom(seed=25))
+    inode = binary_inode(tmp_path / "cache", ensure(checkpoint, tmp_path / "cache"))
+    kill_store()
+    found = ensure(checkpoint, tmp_path / "cache", with_chunks=False)
+    assert found.chunks is None
+    asyncio.run(fetch_artifact(wanted(checkpoint), artifacts(tmp_path / "cache")))
+    assert ensure(checkpoint, tmp_path / "cache", with_chunks=False).chunks is None  # nor did the fetch ask for any
+    assert binary_inode(tmp_path / "cache", found) == inode
+
+
+def test_chunks_are_read_back_by_a_few_workers(ray_node: None, tmp_path: Path, slow_checkpoint: Path) -> None:
+    config = small_shards(tmp_path / "cache")
+    forget_all()
+    first = ray.get(store_handle().ensure.remote(wanted(slow_checkpoint), config))
+    assert len(first.manifest.chunks) > 4 * TASKS_AT_ONCE
+    kill_store()
+    before = workers()
+    asked = store_handle().ensure.remote(wanted(slow_checkpoint), config, with_chunks=True)
+    started: set[int] = set()
+    while not ray.wait([asked], timeout=0.01)[0]:
+        started |= workers() - before
+    assert len(started) <= TASKS_AT_ONCE + 1  # and one that reads the files beside the binary
+    assert_whole(ray.get(asked), tmp_path / "other")
+
+
+def workers() -> set[int]:
+    """The processes of this test's cluster that run tasks, or wait for some."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (process / "cmdline").read_bytes().startswith(b"ray::") and own(process):
+                found.add(int(process.name))
+    return found
+
+
+def test_damage_that_nobody_noticed_is_found_by_who_reads_the_chunk(ray_node: None, tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "model", small_bloom(seed=26))
+    first = ensure(checkpoint, tmp_path / "cache")
+    binary = tmp_path / "cache" / "artifacts" / first.manifest.artifact_id / first.manifest.binary
+    data = bytearray(binary.read_bytes())
+    data[len(data) // 2] ^= 1
+    binary.write_bytes(data)
+    mark_verified(binary, first.manifest.sha256)  # as if the disk, not a program, had changed it
+    os.utime(stamp_file(binary), ns=(binary.stat().st_ctime_ns + 10**9,) * 2)
+    kill_store()
+    assert ensure(checkpoint, tmp_path / "cache", with_chunks=False).chunks is None
+    assert_whole(ensure(checkpoint, tmp_path / "cache"), tmp_path / "other")  # converted again
+    assert file_sha256(binary) == first.manifest.sha256
 
 
 def test_a_store_that_died_converts_again_where_nothing_is_left(ray_node: None, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import subprocess
 import sys
 import threading
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from cluster import node_cache
+from cluster import node_cache, verified
 from cluster.errors import ArtifactError
 from cluster.manifest import ChunkEntry, Manifest
 from cluster.node_cache import NodeCache, Staging, folder_bytes, publish_folder
+from cluster.verified import mark_verified, stamp_file
 
 CHUNKS = [b"head and first tensors", b"the other tensors"]
 FILES = {"config.json": b"{}"}
@@ -103,6 +105,39 @@ def test_a_damaged_copy_is_fetched_again(tmp_path: Path, manifest: Manifest, nam
     cache.fetch(manifest, FILES, chunks)
     assert chunks.reads == [0, 1, 0, 1]
     cache.check_integrity()
+
+
+def test_the_binary_is_hashed_once_by_who_writes_it(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = NodeCache(tmp_path)
+    binary = cache.fetch(manifest, FILES, Chunks()).folder / manifest.binary
+    age(binary)
+    monkeypatch.setattr(verified, "file_sha256", lambda path: pytest.fail(f"{path} is read again"))
+    assert cache.holds(manifest)
+    assert cache.cached("a1") is not None
+    cache.fetch(manifest, FILES, Chunks()).release()
+
+
+def test_damage_that_the_file_system_does_not_show_is_found_by_verify_and_then_by_all(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    cache = NodeCache(tmp_path)
+    binary = cache.fetch(manifest, FILES, Chunks()).folder / manifest.binary
+    binary.write_bytes(bytes(manifest.bytes))
+    mark_verified(binary, manifest.sha256)  # as if the disk, not a program, had changed it
+    age(binary)
+    assert cache.holds(manifest)
+    assert not cache.verify(manifest)
+    assert not cache.holds(manifest)
+    with pytest.raises(ArtifactError, match="does not fit its manifest"):
+        cache.check_integrity()
+
+
+def age(binary: Path) -> None:
+    """Sets the stamp's time well after the binary's last change: a stamp of the same tick is not trusted."""
+    stamp = stamp_file(binary)
+    os.utime(stamp, ns=(binary.stat().st_ctime_ns + 10**9,) * 2)
 
 
 def test_what_a_dead_fetch_left_behind_is_told(tmp_path: Path, manifest: Manifest) -> None:
