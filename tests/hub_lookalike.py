@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
+import os
 import re
 import socket
 import struct
@@ -77,13 +79,21 @@ class Content:
 
     @staticmethod
     def of(path: Path) -> Content:
-        data = path.read_bytes()
-        blob_id = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
-        return Content(path, hashlib.sha256(data).hexdigest(), blob_id, len(data), path.name.endswith(LFS_SUFFIXES))
+        data = mapped(path)
+        blob_id, sha256 = hashlib.sha1(f"blob {len(data)}\0".encode()), hashlib.sha256(data)
+        blob_id.update(data)
+        return Content(path, sha256.hexdigest(), blob_id.hexdigest(), len(data), path.name.endswith(LFS_SUFFIXES))
 
     @property
     def etag(self) -> str:
         return self.sha256 if self.lfs else self.blob_id
+
+
+def mapped(path: Path) -> memoryview:
+    """A file's bytes, which may be more than fit into memory."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b"")
 
 
 @dataclass
@@ -229,7 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.log_to().append(Request(self.command, path, status, sent, authorization, asked_range))
 
-    def send(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+    def send(self, status: int, body: bytes | memoryview = b"", headers: dict[str, str] | None = None) -> None:
         body = b"" if self.command == "HEAD" else body
         self.note(status, len(body))
         self.send_response(status)
@@ -244,7 +254,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(status, body, {**{name: value for name, value in named.items() if value}, **headers})
 
     def send_content(self, content: Content, headers: dict[str, str]) -> None:
-        data, status = content.path.read_bytes(), 200
+        data, status = mapped(content.path), 200
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked:
             start, stop = int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data))
@@ -257,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.send_part(status, data, headers, cut)
 
-    def send_part(self, status: int, data: bytes, headers: dict[str, str], cut: Cut) -> None:
+    def send_part(self, status: int, data: memoryview, headers: dict[str, str], cut: Cut) -> None:
         self.note(status, cut.after)
         self.send_response(status)
         for name, value in headers.items():

@@ -44,6 +44,7 @@ STEPS = ("make", "convert", "pipeline", "bigdl", "openvino", "bigdl-two", "openv
 NEEDED_BYTES = 25 << 30  # of disk: the checkpoint, the artifact, what the engine derives, one copy more
 LEFT_BYTES = 1 << 30  # of memory, below which a step ends
 STEP_S = 420
+SETTLED_S = 60
 GIB = 1 << 30
 LAST_LINE = "Ctrl-C ends it."
 Figures = dict[str, Any]
@@ -208,11 +209,19 @@ def ask(url: str, replicas: int) -> None:
 
 
 def replicas_memory(root: int) -> Figures:
-    """Of the replicas' processes; what they share counts once in sums."""
-    pids = [pid for pid in descendants({root}) if "ServeReplica" in title_of(pid) and "model" in title_of(pid)]
-    each = [memory_of(pid) for pid in pids]
+    """Of the replicas' processes, once it grows no more: a cache may get its memory after the first requests. What
+    processes share counts once."""
+    before, deadline = -1.0, NOW() + SETTLED_S
+    while True:
+        pids = [pid for pid in descendants({root}) if "ServeReplica" in title_of(pid) and "model" in title_of(pid)]
+        each = [memory_of(pid) for pid in pids]
+        private = gib(sum(memory.private for memory in each))
+        if private == before or NOW() > deadline:
+            break
+        before = private
+        time.sleep(5)
     return {
-        "private_gib": gib(sum(memory.private for memory in each)),
+        "private_gib": private,
         "shared_gib": gib(sum(memory.shared for memory in each)),
         "mapped_gib": gib(sum(memory.mapped for memory in each)),
     }
@@ -290,6 +299,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="a folder with a short path, which Ray's sockets lie in as well")
     parser.add_argument("--code", type=Path, default=ROOT, help="the tree whose nibble is measured")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is ended then, too
     steps = given.steps.split(",")
     if unknown := set(steps) - set(STEPS):
         parser.error(f"--steps: found {', '.join(sorted(unknown))}, allowed are {', '.join(STEPS)}")

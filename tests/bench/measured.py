@@ -68,13 +68,16 @@ def measure(
     )
     known = {child.pid}
     count = 0
-    while child.poll() is None:
-        known |= descendants(known)
-        _sample(known, title, result, with_sum=count % SAMPLES_A_SUM == 0)
-        count += 1
-        time.sleep(SAMPLE_S)
-        if time.perf_counter() - started > timeout:
-            child.kill()
+    try:
+        while child.poll() is None:
+            known |= descendants(known)
+            _sample(known, title, result, with_sum=count % SAMPLES_A_SUM == 0)
+            count += 1
+            time.sleep(SAMPLE_S)
+            if time.perf_counter() - started > timeout:
+                child.kill()
+    finally:
+        child.kill()
     result.seconds, result.cpu_seconds = time.perf_counter() - started, _children_cpu() - cpu_before
     assert child.stdout is not None
     result.output = child.stdout.read()
