@@ -15,6 +15,7 @@ from rich.console import Console
 from cluster.config import QUANTIZATIONS, ArtifactsConfig, default_config, load_config
 from cluster.errors import ConfigError, NibbleError
 from cluster.families import family_named
+from cluster.option_prefixes import PrefixCommand
 
 app = typer.Typer(
     help="INT4 inference of Hugging Face language models on clusters of plain CPUs.",
@@ -36,7 +37,7 @@ def plain_console() -> Console:
     return Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=PrefixCommand)
 def pipeline(
     thread_num: Annotated[int, typer.Option(help="Threads of the engine.")] = 2,
     model_family: Annotated[str, typer.Option(help=FAMILY_HELP)] = "llama",
@@ -44,8 +45,11 @@ def pipeline(
         str | None, typer.Option(help="Hub repository, folder or builtin:FAMILY. Default: the family's Hub repository.")
     ] = None,
     prompt: Annotated[str, typer.Option(help="The prompt.")] = "Q: What is CPU? A:",
+    tmp_path: Annotated[
+        str | None, typer.Option(help="Accepted as the example has it; no intermediate model is written.")
+    ] = None,
 ) -> None:
-    """BigDL-LLM's native INT4 example: convert, load, infer three ways."""
+    """BigDL-LLM's native INT4 example: convert, load, infer three ways. Options may be abbreviated: --promp."""
     from cluster.commands.pipeline import pipeline
 
     family = family_named(model_family)

@@ -7,10 +7,10 @@ tokenizer, with the tokenizer inside the library, and 'fast forward', an OpenAI-
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -20,11 +20,13 @@ from cluster.errors import ConfigError
 from cluster.families import FamilyName
 from cluster.isa import available_cores
 from cluster.local_conversion import convert_to_cache
+from cluster.manifest import Manifest
+from cluster.node_cache import CachedArtifact
 from cluster.wanted import Wanted
 from deployments.engines.base import SamplingParams, TokenRequest
 from deployments.engines.bigdl import BigdlEngine
 from deployments.generation import generate_text
-from deployments.openai_objects import completion_object, usage_object
+from deployments.openai_objects import CompletionObject, completion_object, usage_object
 from deployments.records import GenerationRequest
 from deployments.router import Completion, joined
 from deployments.text import Tokenizer
@@ -32,53 +34,63 @@ from deployments.text import Tokenizer
 MAX_TOKENS = 32  # n_predict of the reference example
 CONTEXT = 512  # n_ctx of the reference example
 
+HUGGING_FACE = "HuggingFace transformers tokenizer"
+LIBRARY = "bigdl-llm based tokenizer"
+FAST_FORWARD = "fast forward"
+
 
 def pipeline(family: FamilyName, source: str, prompt: str, threads: int, console: Console) -> None:
     """Raises ConfigError for a thread count this machine does not have, CheckpointError or ConversionError."""
     if not 1 <= threads <= available_cores():
         raise ConfigError(f"thread-num: found {threads}, this machine allows 1..{available_cores()}")
-    engine, tokenizer = load(family, source, threads, console)
+    artifact = converted(family, source, console)
+    tokenizer = Tokenizer(artifact.folder)
+    engine = BigdlEngine(artifact.folder, threads=threads, context=CONTEXT)
+    binary = artifact.folder / Manifest.read(artifact.folder).binary
     try:
-        for heading, infer in (
-            ("HuggingFace transformers tokenizer", with_hugging_face_tokenizer),
-            ("bigdl-llm based tokenizer", with_library_tokenizer),
-            ("fast forward", fast_forward),
-        ):
-            show(heading, lambda infer=infer: infer(engine, tokenizer, prompt, source), console)  # type: ignore[misc]
+        show(HUGGING_FACE, lambda: [with_hugging_face_tokenizer(engine, tokenizer, prompt)], console)
+        show(LIBRARY, lambda: [with_library_tokenizer(engine, tokenizer, prompt)], console)
+        show(FAST_FORWARD, lambda: fast_forward(engine, tokenizer, prompt, binary, console), console)
     finally:
         engine.close()
+        artifact.release()
 
 
-def load(family: FamilyName, source: str, threads: int, console: Console) -> tuple[BigdlEngine, Tokenizer]:
-    """Converts into this machine's node cache, where the next run finds it."""
+def converted(family: FamilyName, source: str, console: Console) -> CachedArtifact:
+    """In this machine's node cache, where the next run finds it."""
     wanted = Wanted(source=source, family=family, quantization="q4_0", engine="bigdl")
     with ConversionDisplay(console) as display:
-        folder = convert_to_cache(wanted, ArtifactsConfig(), display).folder
-    return BigdlEngine(folder, threads=threads, context=CONTEXT), Tokenizer(folder)
+        return convert_to_cache(wanted, ArtifactsConfig(), display)
 
 
-def show(heading: str, infer: Callable[[], str], console: Console) -> None:
+def show(heading: str, infer: Callable[[], object], console: Console) -> None:
+    """What `infer` returns is printed in Python's own form, as the reference example does with its lists and its
+    dictionary."""
+    rule = "-" * 20
+    console.print(f"{rule} {heading} {rule}")
     started = time.monotonic()
     output = infer()
     seconds = time.monotonic() - started
-    lines = ("-" * 20 + f" {heading} " + "-" * 20, f"Inference time: {seconds:.2f} s", "Output:", output)
-    for line in lines:
+    for line in (f"Inference time: {seconds:.2f} s", "Output:", str(output)):
         console.print(line)
 
 
-def with_hugging_face_tokenizer(engine: BigdlEngine, tokenizer: Tokenizer, prompt: str, source: str) -> str:
-    ids = tokenizer.encode(prompt)
-    return tokenizer.decode([*ids, *generate_ids(engine, ids, tokenizer.eos_ids)])
+def with_hugging_face_tokenizer(engine: BigdlEngine, tokenizer: Tokenizer, prompt: str) -> str:
+    """The completion's text alone."""
+    return tokenizer.decode(generate_ids(engine, tokenizer.encode(prompt), tokenizer.eos_ids))
 
 
-def with_library_tokenizer(engine: BigdlEngine, tokenizer: Tokenizer, prompt: str, source: str) -> str:
-    ids = engine.tokenize(prompt.encode())
-    output = engine.detokenize([*ids, *generate_ids(engine, ids, tokenizer.eos_ids)])
+def with_library_tokenizer(engine: BigdlEngine, tokenizer: Tokenizer, prompt: str) -> str:
+    """The completion's text alone."""
+    output = engine.detokenize(generate_ids(engine, engine.tokenize(prompt.encode()), tokenizer.eos_ids))
     return output.decode("utf-8", errors="replace")
 
 
-def fast_forward(engine: BigdlEngine, tokenizer: Tokenizer, prompt: str, source: str) -> str:
-    """As the reference has it: the completion's object, printed."""
+def fast_forward(
+    engine: BigdlEngine, tokenizer: Tokenizer, prompt: str, binary: Path, console: Console
+) -> CompletionObject:
+    """The completion's object, after the timings, which the libraries of bigdl-llm print by themselves. Its `model` is
+    the binary's path, as in the reference."""
     request = GenerationRequest(
         request_id=f"cmpl-{uuid.uuid4()}",
         prompt=prompt,
@@ -91,9 +103,10 @@ def fast_forward(engine: BigdlEngine, tokenizer: Tokenizer, prompt: str, source:
         return joined([chunk async for chunk in generate_text(engine, tokenizer, request)])
 
     whole = asyncio.run(run())
+    for line in ("", *engine.timings.lines()):
+        console.print(line)
     usage = usage_object(whole.prompt_tokens, whole.completion_tokens)
-    answer = completion_object(request.request_id, int(time.time()), source, [whole], usage)
-    return json.dumps(answer, ensure_ascii=False)
+    return completion_object(request.request_id, int(time.time()), str(binary), [whole], usage)
 
 
 def generate_ids(engine: BigdlEngine, prompt: Sequence[int], eos_token_ids: frozenset[int]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from deployments.engines.base import FinishReason, Token, TokenRequest
 from deployments.engines.bigdl_model import CachedModel, PrefillCancelledError, load_model
 from deployments.engines.handover import Handover, closed_error
 from deployments.engines.requests import check_request
+from deployments.engines.timings import Timings
 from deployments.sampling import Sampler, log_probabilities
 
 T = TypeVar("T")
@@ -61,12 +63,14 @@ class BigdlEngine:
         self.cores = check_cores(threads, cores)
         self._counters = Counters()
         self._closed = False
+        started = time.perf_counter()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bigdl")
         try:
             self._model = self._worker.submit(self._load, folder).result()
         except BaseException:
             self._worker.shutdown()
             raise
+        self.timings = Timings(load_s=time.perf_counter() - started)  # of the last request that ended whole
         self.vocab_size = self._model.vocab_size
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[list[Token], None]:
@@ -168,9 +172,12 @@ class BigdlEngine:
 
     def _generate(self, request: TokenRequest, handover: Handover[Token]) -> None:
         counters, model, cancelled = self._counters, self._model, self._cancelled(handover)
+        timings, started = Timings(load_s=self.timings.load_s), time.perf_counter()
         eos_ids, mask = request.eos_token_ids, request.mask
         sampler = Sampler(request.sampling, request.prompt, eos_ids, mask, request.generated)
-        logits, reused = model.prefill(request.prompt, cancelled)
+        with timings.prompt.measure(0):
+            logits, reused = model.prefill(request.prompt, cancelled)
+        timings.prompt.tokens = len(request.prompt) - reused
         counters.prompt_tokens += len(request.prompt)
         counters.reused_tokens += reused
         for token in request.generated:
@@ -182,18 +189,23 @@ class BigdlEngine:
         for count in range(len(request.generated) + 1, limit + 1):
             if cancelled():
                 raise PrefillCancelledError
-            token = sampler.next(logits)
+            with timings.sample.measure():
+                token = sampler.next(logits)
             counters.generated_tokens += 1
             reason: FinishReason | None = "length" if count == limit else None
             if token in request.eos_token_ids:
                 reason = "stop"
+            if reason is not None:  # before the last token is handed over
+                timings.total_s = time.perf_counter() - started
+                self.timings = timings
             if request.logprobs is None:
                 handover.put(Token(token, reason))
             else:
                 handover.put(Token(token, reason, *log_probabilities(logits, token, request.logprobs)))
             if reason is not None:
                 return
-            logits = model.decode(token)
+            with timings.decode.measure():
+                logits = model.decode(token)
 
     def _score(self, prompt: Sequence[int], logprobs: int, handover: Handover[list[Token]]) -> None:
         tokens = [Token(prompt[0])]

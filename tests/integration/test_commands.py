@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
@@ -16,6 +17,11 @@ from cluster.sources import builtin_checkpoint
 from tests.integration.processes import Sandbox, Served, sandbox
 from tests.random_checkpoint import OPENVINO_SHAPES, write_lively_weights, write_random_checkpoint
 
+TIMINGS = r"""bigdl-llm timings:        load time = +[\d.]+ ms
+bigdl-llm timings:      sample time = +[\d.]+ ms / +\d+ runs   \( +[\d.]+ ms per token\)
+bigdl-llm timings: prompt eval time = +[\d.]+ ms / +\d+ tokens \( +[\d.]+ ms per token\)
+bigdl-llm timings:        eval time = +[\d.]+ ms / +\d+ runs   \( +[\d.]+ ms per token\)
+bigdl-llm timings:       total time = +[\d.]+ ms"""
 HEADINGS = ("HuggingFace transformers tokenizer", "bigdl-llm based tokenizer", "fast forward")
 DIGESTS = json.loads((Path(__file__).parent.parent / "reference" / "digests.json").read_text())
 
@@ -100,23 +106,29 @@ def test_pipeline_converts_loads_and_infers_three_ways(family: FamilyName) -> No
     prompt = FAMILIES[family].demo_prompt
     with sandbox() as home:
         result = home.run(
-            "pipeline", "--thread-num", "1", "--model-family", family, "--repo-id-or-model-path", f"builtin:{family}",
-            "--prompt", prompt,
+            "pipeline", "--thread", "1", "--model-family", family, "--repo-id-or-model-path", f"builtin:{family}",
+            "--promp", prompt,
         )  # fmt: skip
         assert home.wait_no_processes() == []
         assert list(home.ray_tmpdir.iterdir()) == []  # where a Ray node would have been
     assert result.returncode == 0, result.stderr
     sections = re.split(r"^-+ (.+) -+$", result.stdout, flags=re.MULTILINE)[1:]
     assert tuple(sections[::2]) == HEADINGS
-    bodies = [re.match(r"\nInference time: [\d.]+ s\nOutput:\n(.+)", body, re.DOTALL) for body in sections[1::2]]
-    hugging_face, library, forward = (body[1].strip() for body in bodies if body)
-    assert prompt in hugging_face
-    assert prompt in library
-    completion = json.loads(forward)
+    form = r"(.*?)Inference time: [\d.]+ s\nOutput:\n(.+)"
+    bodies = [match for body in sections[1::2] if (match := re.fullmatch(form, body.strip(), re.DOTALL))]
+    (hugging_face,), (library,), completion = (ast.literal_eval(body[2]) for body in bodies)
+    assert [body[1] for body in bodies[:2]] == ["", ""]
+    assert re.fullmatch(TIMINGS, bodies[2][1].strip())
     assert set(completion) == {"id", "object", "created", "model", "choices", "usage"}
-    assert set(completion["choices"][0]) == {"text", "index", "logprobs", "finish_reason"}
-    assert completion["choices"][0]["text"].strip()
-    assert completion["choices"][0]["text"].strip() in hugging_face
+    assert re.search(rf"/artifacts/[0-9a-f]+/bigdl_llm_{family}_q4_0\.bin$", completion["model"])
+    (choice,) = completion["choices"]
+    assert set(choice) == {"text", "index", "logprobs", "finish_reason"}
+    assert choice["finish_reason"] in ("stop", "length")
+    assert completion["usage"]["completion_tokens"] > 1
+    text = choice["text"].strip()
+    assert text
+    assert not text.startswith(prompt)
+    assert (hugging_face.strip(), library.strip()) == (text, text)
 
 
 @pytest.mark.parametrize("family", ["bloom"])
