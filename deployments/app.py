@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 
@@ -26,6 +27,7 @@ from deployments.families import FAMILY_DEPLOYMENTS
 from deployments.grpc_api import SERVICER_FUNCTIONS, GrpcApi
 from deployments.http_api import build_http_api
 from deployments.kserve_api import KserveApi
+from deployments.request_router import LEAST_BUSY
 from deployments.router import Router
 from deployments.serve_model import ServeModel, watch_readiness
 
@@ -87,6 +89,7 @@ def model_deployment(model: ModelConfig, wanted: Sequence[Wanted], artifacts: Ar
             },
             max_ongoing_requests=model.max_ongoing,
             max_queued_requests=model.queue.max_queued,
+            request_router_config=RequestRouterConfig(request_router_class=LEAST_BUSY),
             logging_config=LOGGING,
             **scaling(model),
         )
