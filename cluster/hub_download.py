@@ -22,7 +22,7 @@ from typing import Any
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's, or httpx2's by its version
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from cluster.digests import update_sha256
 from cluster.hub_requests import DamagedDownloadError
