@@ -18,6 +18,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 from cluster.errors import InvalidRequestError
 from cluster.tokenizer_files import FileTokenizer
 from deployments.engines.base import Logits, TokenMask
+from deployments.json_schema import Rewritten, rewritten, strings
+from deployments.json_schema.strings import ESCAPES, said
 
 # A client writes schemas and grammars: what llguidance may spend on one is bounded, in all and for each token. The most
 # expensive texts within these bounds take about a second to compile and some tens of megabytes.
@@ -36,8 +38,13 @@ CACHED_GRAMMARS = 8
 
 # One optional space where people write one and nowhere else: JSON stays finite between its values, as a small model
 # likes to write white space without end, and each model can use the tokens (`": "`, `":`) it knows best.
-# Of characters beyond ASCII llguidance allows no \u escapes in strings, which could be half a surrogate pair.
-JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+# No \u escapes: one could be half a surrogate pair, or write a key a second time in another way.
+JSON_STYLE = {
+    "whitespace_flexible": False,
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+    "json_allowed_escapes": ESCAPES,
+}
 # After 'A:' a text begins with a space more likely than not. JSON allows it, and so that grammar does.
 JSON_START = 'start: " "? @value'
 
@@ -89,15 +96,24 @@ class GrammarCompiler:
             raise InvalidRequestError(
                 f"{grammar.field}: found {len(grammar.text)} characters, allowed are {allowed}", field=grammar.field
             )
-        source = _from_schema(grammar) if grammar.kind == "json_schema" else _from_grammar(grammar)
+        if grammar.kind == "grammar":
+            return _on_deep_stack(lambda: self._built(_from_grammar(grammar), grammar.field))
+        schema = _from_schema(grammar)
 
         def build() -> LLMatcher:
-            matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LIMITS)
-            # The first mask shows what compiling does not: rules that lead nowhere, and what is too expensive to use.
-            _Mask(matcher, self._text_tokens, self._eos_ids, grammar.field).allowed()
-            return matcher
+            try:
+                return self._built(with_style(schema.schema), grammar.field)
+            except InvalidRequestError as error:
+                said = str(error).removeprefix(f"{grammar.field}: ")
+                raise schema.place_of(said, _complaint).refusal(said) from error
 
         return _on_deep_stack(build)
+
+    def _built(self, source: str, field: str) -> LLMatcher:
+        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LIMITS)
+        # The first mask shows what compiling does not: rules that lead nowhere, and what is too expensive to use.
+        _Mask(matcher, self._text_tokens, self._eos_ids, field).allowed()
+        return matcher
 
 
 class _Mask:
@@ -147,20 +163,27 @@ class _Mask:
         return self._matcher.is_stopped() and self._matcher.stop_reason() == "NoExtension"
 
     def _refusal(self) -> InvalidRequestError:
-        said = self._matcher.get_error().replace("<non-verbose/>", "").strip()
-        return InvalidRequestError(f"{self._field}: {said[:500]}", field=self._field)
+        return InvalidRequestError(f"{self._field}: {said(self._matcher)[:500]}", field=self._field)
 
 
-def _from_schema(grammar: Grammar) -> str:
+def _from_schema(grammar: Grammar) -> Rewritten:
     try:
         schema = json.loads(grammar.text)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{grammar.field}: not JSON: {error}", field=grammar.field) from error
     if not isinstance(schema, dict):
         raise InvalidRequestError(f"{grammar.field}: found {schema!r:.100}, allowed is an object", field=grammar.field)
-    # llguidance takes its options from that key, which a client could have set to others.
+    return rewritten(schema, grammar.field)
+
+
+def with_style(schema: dict[str, Any]) -> str:
     value = {"name": "value", "json_schema": schema | {"x-guidance": JSON_STYLE}}
     return json.dumps({"grammars": [{"lark_grammar": JSON_START}, value]})
+
+
+def _complaint(schema: dict[str, Any]) -> str:
+    """What llguidance says against a schema, empty if nothing."""
+    return said(strings.matcher(schema))[:500]
 
 
 def _from_grammar(grammar: Grammar) -> str:
