@@ -44,3 +44,10 @@ def populate(caches: Sequence[Cache]) -> Iterator[None]:
                 logger.info("KV cache: its pages come when they are used: %s", os.strerror(ctypes.get_errno()))
                 return
             yield
+
+
+def trim_heap() -> None:
+    """Gives memory that malloc has free back to the kernel, as what packing weights needed for a time. Without glibc
+    nothing happens."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

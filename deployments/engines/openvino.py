@@ -7,6 +7,7 @@ other engine. One thread owns the model; each turn of its loop takes what came i
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 import threading
@@ -24,6 +25,7 @@ from cluster.isa import available_cores, available_memory, cpu_flags
 from deployments.cores import check_cores
 from deployments.engines.base import Token, TokenRequest
 from deployments.engines.batch import Batch
+from deployments.engines.cache_memory import trim_heap
 from deployments.engines.code_pages import scatter_code
 from deployments.engines.draft_model import DraftModel
 from deployments.engines.handover import Handover, closed_error
@@ -36,6 +38,9 @@ from deployments.engines.prompt_lookup import PromptLookup
 from deployments.engines.q4_layout import wants_tiles
 from deployments.engines.requests import check_prompt, check_request
 from deployments.engines.scheduler import Guesser, Scheduler
+from deployments.engines.stages import Stages
+
+logger = logging.getLogger("ray.serve")
 
 # Of what is free at start, at most, for the caches of all replicas that fit on a node, where their size was not
 # configured. Each has its share by its threads: replicas that start together see the same memory free.
@@ -150,7 +155,7 @@ class OpenvinoEngine:
     def _load(self, folder: Path, draft: Path | None) -> Batch:
         # Before OpenVINO starts its threads: they inherit the mask of this one.
         os.sched_setaffinity(0, self.cores)
-        options = self._options
+        options, self._stages = self._options, Stages()
         paged, self._pool = self._model(folder, "this model", options.kv_cache)
         self.vocab_size = paged.vocab_size
         self._settings, self._products = paged.settings, paged.products
@@ -160,7 +165,9 @@ class OpenvinoEngine:
             drafting, pool = self._model(draft, "its draft model", settings=self._settings)
             self._models.append(drafting)
             guesser = DraftModel(drafting, pool, options.draft.tokens, options.step_tokens, self.vocab_size)
-        scatter_code()
+        with self._stages.stage("code pages"):
+            scatter_code()
+        logger.info("openvino: %s is loaded: %s", folder.name, self._stages)
         if paged.products == "nibble":
             sys.setswitchinterval(SWITCH_S)
         self._populating = chain.from_iterable(model.populate() for model in self._models)
@@ -171,32 +178,55 @@ class OpenvinoEngine:
     ) -> tuple[PagedModel, BlockPool]:
         """Ready for its first step, with a KV cache of `kv_cache` bytes, and with the fastest settings unless they are
         given. `role`: what errors call it."""
-        weights, model = derived_weights(folder, in_tiles=wants_tiles(self._options.tune, cpu_flags()))
+        stage = self._stages.stage
+        with stage("weights"):
+            weights, model = derived_weights(folder, in_tiles=wants_tiles(self._options.tune, cpu_flags()))
         if not 1 <= self.context <= (model.context or self.context):
             raise EngineError(f"context: found {self.context}, allowed for {role} is 1 to {model.context}")
-        settings = settings or choose_settings(weights, model, self.threads, self._options.tune)
-        paged = PagedModel(weights, model, self.threads, settings)
-        pool = BlockPool(self._blocks(paged.block_bytes, kv_cache))
+        with stage("settings"):
+            settings = settings or choose_settings(weights, model, self.threads, self._options.tune)
+        with stage("compile"):
+            paged = PagedModel(weights, model, self.threads, settings)
+        self._check_kv_cache(paged.block_bytes, kv_cache)
+        with stage("first steps"):
+            self._first_steps(paged)
+        pool = BlockPool(self._blocks(paged, kv_cache))
         paged.allocate(pool.size)
-        # A damaged model fails here, not at the first request. OpenVINO's products pack their weights in the first
-        # step, for seconds, and have kernels for each number of tokens, which the first step of so many compiles.
-        together = min(self._max_running, COMPILED_AT_LOAD, self.context) if paged.products == "openvino" else 1
-        for count in (min(self._options.step_tokens, self.context), *range(1, together + 1)):
-            paged.step([Work([0] * count, 0, range(pool.size), [count - 1])])
         return paged, pool
 
-    def _blocks(self, block_bytes: int, kv_cache: int | None) -> int:
-        needed = -(-self.context // BLOCK_TOKENS)
-        if kv_cache is None:
-            share = SHARE_OF_MEMORY * available_memory() * self.threads / self._node_cores
-            return max(needed, min(needed * self._max_running, int(share) // block_bytes))
-        blocks = int(kv_cache) // block_bytes
-        if blocks < needed:
+    def _first_steps(self, paged: PagedModel) -> None:
+        """A damaged model fails here, not at the first request. With a small cache: OpenVINO's products pack their
+        weights in the first step, and only then is it known what memory is left for the real one."""
+        longest = min(self._options.step_tokens, self.context)
+        blocks = self._blocks_of(max(longest, COMPILED_AT_LOAD))
+        paged.allocate(blocks)
+        # OpenVINO has kernels for each number of tokens, which the first step of so many compiles.
+        together = min(self._max_running, COMPILED_AT_LOAD, self.context) if paged.products == "openvino" else 1
+        for count in (longest, *range(1, together + 1)):
+            paged.step([Work([0] * count, 0, range(blocks), [count - 1])])
+        paged.unload_packed()
+        trim_heap()
+
+    @staticmethod
+    def _blocks_of(tokens: int) -> int:
+        return -(-tokens // BLOCK_TOKENS)
+
+    def _blocks(self, paged: PagedModel, kv_cache: int | None) -> int:
+        if kv_cache is not None:
+            return int(kv_cache) // paged.block_bytes
+        needed = self._blocks_of(self.context)
+        # The kernel counts pages of a mapped file as available, but the weights are wanted in memory.
+        left = max(0, available_memory() - paged.mapped_bytes)
+        share = SHARE_OF_MEMORY * left * self.threads / self._node_cores
+        return max(needed, min(needed * self._max_running, int(share) // paged.block_bytes))
+
+    def _check_kv_cache(self, block_bytes: int, kv_cache: int | None) -> None:
+        needed = self._blocks_of(self.context) * block_bytes
+        if kv_cache is not None and int(kv_cache) // block_bytes * block_bytes < needed:
             raise EngineError(
-                f"openvino.kv_cache: found {kv_cache} bytes, allowed are {needed * block_bytes} and more: what one"
+                f"openvino.kv_cache: found {kv_cache} bytes, allowed are {needed} and more: what one"
                 f" sequence of {self.context} tokens needs"
             )
-        return blocks
 
     @contextmanager
     def _submitted(self, job: Job) -> Iterator[None]:

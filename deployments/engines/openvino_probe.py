@@ -39,9 +39,12 @@ def choose_settings(weights: DerivedWeights, model: Hyperparameters, threads: in
     tried = {}
     for settings in candidates(cpu_flags()):
         probe = PagedModel(weights, model, threads, settings, layers=min(PROBED_LAYERS, model.layers))
-        probe.allocate(SEQUENCES[tune])
-        works = [Work([0], BLOCK_TOKENS // 2, [number], [0]) for number in range(SEQUENCES[tune])]
-        tried[settings] = shortest(partial(probe.step, works))
+        try:
+            probe.allocate(SEQUENCES[tune])
+            works = [Work([0], BLOCK_TOKENS // 2, [number], [0]) for number in range(SEQUENCES[tune])]
+            tried[settings] = shortest(partial(probe.step, works))
+        finally:
+            probe.close()  # its packed matrices, of which the output's is large, go before the model packs its own
     chosen = next(settings for settings, seconds in tried.items() if seconds <= NEARLY * min(tried.values()))
     logger.info("openvino: %s: %s", tune, {str(s): f"{1000 * seconds:.2f} ms" for s, seconds in tried.items()})
     return chosen

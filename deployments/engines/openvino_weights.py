@@ -13,9 +13,13 @@ Replicas of a node share the file through mmap.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -24,18 +28,20 @@ import numpy.typing as npt
 from filelock import FileLock
 
 from cluster.checkpoint import read_config
-from cluster.digests import file_sha256
 from cluster.ggml import BLOCK_WEIGHTS
 from cluster.hyperparameters import Hyperparameters, read_hyperparameters
+from cluster.isa import available_cores
 from cluster.manifest import Manifest, Record, TensorEntry
 from cluster.node_cache import written
+from cluster.verified import is_verified, mark_verified
 from deployments.engines.ggml_blocks import BLOCKS
 from deployments.engines.openvino_recipes import Part, recipe
 from deployments.engines.q4_layout import TILE_BYTES, TILE_ROWS, tiles
 
 DERIVED_VERSION = 1
+LOOKED_UP = ("embedding.weight", "position_embedding.weight")  # by rows, not multiplied with: never in tiles
 ALIGNMENT = 64  # of a tensor in the file: a cache line, and the widest vector of the CPU
-SLAB_BYTES = 8 << 20  # repacked at a time: bounds the memory of deriving
+SLAB_BYTES = 4 << 20  # repacked at a time, by each thread: bounds the memory of deriving
 
 
 class DerivedTensor(Record):
@@ -69,12 +75,23 @@ class DerivedWeights:
 
     def __init__(self, binary: Path, index: DerivedIndex) -> None:
         # OpenVINO shares memory only with arrays that could be written to; a write would copy the page.
-        self._data: npt.NDArray[np.uint8] = np.memmap(binary, np.uint8, "c")
+        with binary.open("rb") as file:
+            self._mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        self._data = np.frombuffer(self._mapping, np.uint8)
         self._tensors = index.tensors
         self.in_tiles = any(tensor.type == "tiles" for tensor in index.tensors.values())
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
+
+    @property
+    def mapped_bytes(self) -> int:
+        return self._data.nbytes
+
+    def unload(self) -> None:
+        """Takes the file's pages out of this process. They stay in the kernel's page cache as long as there is room,
+        and come back where they are read."""
+        self._mapping.madvise(mmap.MADV_DONTNEED)
 
     def array(self, name: str) -> npt.NDArray[np.float32]:
         """A tensor that is not quantized."""
@@ -130,10 +147,10 @@ def derived_weights(
 
 
 def _whole(binary: Path, index_file: Path, manifest: Manifest) -> DerivedIndex | None:
-    """The index of an undamaged derived file. Reading it whole also warms the page cache for mmap."""
+    """The index of an undamaged derived file, which is read only where it has changed since it was last verified."""
     try:
         index = DerivedIndex.model_validate_json(index_file.read_bytes())
-        sound = index.artifact_id == manifest.artifact_id and file_sha256(binary) == index.sha256
+        sound = index.artifact_id == manifest.artifact_id and is_verified(binary, index.sha256)
     except (OSError, ValueError):
         return None
     return index if sound else None
@@ -145,11 +162,11 @@ def _derive(folder: Path, manifest: Manifest, model: Hyperparameters, binary: Pa
     tensors: dict[str, DerivedTensor] = {}
     with written(binary), tempfile.NamedTemporaryFile(dir=binary.parent, prefix=".openvino.", delete=False) as file:
         try:
-            out = _HashedFile(file)
-            for name, parts in recipe(manifest.family, model, entries):
-                # The embedding's rows are looked up, not multiplied.
-                write = _write_tiles if in_tiles and _tileable(name, entries[parts[0].tensor]) else _write_tensor
-                tensors[name] = write(out, source, entries, parts)
+            with _HashedFile(file) as out:
+                for name, parts in recipe(manifest.family, model, entries):
+                    matrix = _Rows(source, entries, parts)
+                    tiled = in_tiles and matrix.type == "q4_0" and name not in LOOKED_UP
+                    tensors[name] = _write_tiles(out, matrix) if tiled else _write_tensor(out, matrix)
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)  # replicas of another user map it too
@@ -157,14 +174,26 @@ def _derive(folder: Path, manifest: Manifest, model: Hyperparameters, binary: Pa
         except BaseException:
             os.unlink(file.name)
             raise
-    return DerivedIndex(artifact_id=manifest.artifact_id, sha256=out.sha256.hexdigest(), tensors=tensors)
+    sha256 = out.sha256.hexdigest()
+    mark_verified(binary, sha256)
+    return DerivedIndex(artifact_id=manifest.artifact_id, sha256=sha256, tensors=tensors)
 
 
 class _HashedFile:
+    """Pieces are repacked by several threads, and hashed and written in order by the caller's."""
+
     def __init__(self, file: Any) -> None:
         self._file: BinaryIO = file
         self.position = 0
         self.sha256 = hashlib.sha256()
+        self._threads = available_cores()
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="derive")
+
+    def __enter__(self) -> _HashedFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
     def write(self, data: npt.NDArray[Any]) -> None:
         piece = np.ascontiguousarray(data).view(np.uint8).reshape(-1).data
@@ -172,62 +201,88 @@ class _HashedFile:
         self.sha256.update(piece)
         self.position += len(piece)
 
+    def write_all(self, pieces: Iterable[Callable[[], npt.NDArray[Any]]]) -> None:
+        """What each of them returns, in their order; few are under way at a time, which bounds the memory."""
+        begun: deque[Future[npt.NDArray[Any]]] = deque()
+        for piece in pieces:
+            begun.append(self._pool.submit(piece))
+            if len(begun) > self._threads:
+                self.write(begun.popleft().result())
+        for future in begun:
+            self.write(future.result())
+
     def align(self) -> int:
         self.write(np.zeros(-self.position % ALIGNMENT, np.uint8))
         return self.position
 
 
-def _write_tensor(
-    out: _HashedFile, source: npt.NDArray[np.uint8], entries: Mapping[str, TensorEntry], parts: tuple[Part, ...]
-) -> DerivedTensor:
-    first = entries[parts[0].tensor]
-    offset = out.align()
-    if first.type == "f32":
-        rows = 0
+class _Rows:
+    """The rows of one of the graph's weights, from the parts of the artifact that they are: each is blocks [blocks of
+    a row], or numbers."""
+
+    def __init__(
+        self, source: npt.NDArray[np.uint8], entries: Mapping[str, TensorEntry], parts: tuple[Part, ...]
+    ) -> None:
+        first = entries[parts[0].tensor]
+        self.type = first.type
+        kind = np.dtype("<f4") if first.type == "f32" else np.dtype(BLOCKS[first.type])
+        self._parts: list[tuple[npt.NDArray[Any], npt.NDArray[np.int64] | None]] = []
         for part in parts:
-            numbers = _rows(source, entries[part.tensor], part, np.dtype("<f4"))
-            rows += len(numbers)
-            out.write(numbers)
-        return DerivedTensor(type="f32", shape=(rows, *first.shape[1:]), offset=offset)
-    scales, rows, blocks = [], 0, np.dtype(BLOCKS[first.type])
-    for part in parts:
-        for slab in _slabs(_rows(source, entries[part.tensor], part, blocks)):
-            out.write(i4_pairs(slab["weights"]) if first.type == "q4_0" else slab["weights"])
-            scales.append(slab["scale"].copy())
-            rows += len(slab)
+            entry = entries[part.tensor]
+            data = source[entry.offset : entry.offset + entry.bytes].view(kind)
+            self._parts.append((data.reshape(entry.shape[0], -1) if len(entry.shape) == 2 else data, part.rows))
+        self._counts = [len(data if rows is None else rows) for data, rows in self._parts]
+        self.shape = (sum(self._counts), *first.shape[1:])
+        self._row_bytes = self._parts[0][0][:1].nbytes
+
+    def slabs(self, multiple: int = 1) -> Iterator[Callable[[], npt.NDArray[Any]]]:
+        """Some rows at a time, a multiple of so many but for the last; each is copied when it is called."""
+        step = max(1, SLAB_BYTES // (self._row_bytes * multiple)) * multiple
+        for start in range(0, self.shape[0], step):
+            yield partial(self._between, start, start + step)
+
+    def _between(self, start: int, end: int) -> npt.NDArray[Any]:
+        found, begin = [], 0
+        for (data, rows), count in zip(self._parts, self._counts, strict=True):
+            own = slice(max(start - begin, 0), max(min(end - begin, count), 0))
+            if own.start < own.stop:
+                found.append(data[own] if rows is None else data[rows[own]])
+            begin += count
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _write_tensor(out: _HashedFile, matrix: _Rows) -> DerivedTensor:
+    offset = out.align()
+    if matrix.type == "f32":
+        out.write_all(matrix.slabs())
+        return DerivedTensor(type="f32", shape=matrix.shape, offset=offset)
+    repacked = i4_pairs if matrix.type == "q4_0" else np.ascontiguousarray
+    out.write_all(partial(_repacked, slab, repacked) for slab in matrix.slabs())
     scales_offset = out.align()
-    for piece in scales:
-        out.write(piece)
-    kind: Literal["i4", "i8"] = "i4" if first.type == "q4_0" else "i8"
-    return DerivedTensor(type=kind, shape=(rows, first.shape[1]), offset=offset, scales_offset=scales_offset)
+    out.write_all(partial(_scales, slab) for slab in matrix.slabs())
+    kind: Literal["i4", "i8"] = "i4" if matrix.type == "q4_0" else "i8"
+    return DerivedTensor(type=kind, shape=matrix.shape, offset=offset, scales_offset=scales_offset)
 
 
-def _tileable(name: str, entry: TensorEntry) -> bool:
-    return entry.type == "q4_0" and name not in ("embedding.weight", "position_embedding.weight")
+def _repacked(
+    slab: Callable[[], npt.NDArray[Any]], repack: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
+) -> npt.NDArray[Any]:
+    return repack(slab()["weights"])
 
 
-def _write_tiles(
-    out: _HashedFile, source: npt.NDArray[np.uint8], entries: Mapping[str, TensorEntry], parts: tuple[Part, ...]
-) -> DerivedTensor:
-    offset, blocks = out.align(), np.dtype(BLOCKS["q4_0"])
-    rows = np.concatenate([_rows(source, entries[part.tensor], part, blocks) for part in parts])
-    for slab in _slabs(rows, TILE_ROWS):
-        out.write(tiles(slab["weights"], slab["scale"]))
-    return DerivedTensor(type="tiles", shape=(len(rows), rows.shape[1] * BLOCK_WEIGHTS), offset=offset)
+def _scales(slab: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return np.ascontiguousarray(slab()["scale"])
 
 
-def _rows(source: npt.NDArray[np.uint8], entry: TensorEntry, part: Part, kind: np.dtype[Any]) -> npt.NDArray[Any]:
-    """The part's rows of a tensor of the artifact: blocks [rows, blocks of a row], or numbers."""
-    data = source[entry.offset : entry.offset + entry.bytes].view(kind)
-    data = data.reshape(entry.shape[0], -1) if len(entry.shape) == 2 else data
-    return data if part.rows is None else data[part.rows]
+def _write_tiles(out: _HashedFile, matrix: _Rows) -> DerivedTensor:
+    offset = out.align()
+    out.write_all(partial(_tiles, slab) for slab in matrix.slabs(TILE_ROWS))
+    return DerivedTensor(type="tiles", shape=matrix.shape, offset=offset)
 
 
-def _slabs(blocks: npt.NDArray[Any], multiple: int = 1) -> Iterator[npt.NDArray[Any]]:
-    """Some rows at a time, a multiple of so many but for the last."""
-    step = max(1, SLAB_BYTES // (blocks.itemsize * blocks.shape[1] * multiple)) * multiple
-    for start in range(0, len(blocks), step):
-        yield blocks[start : start + step]
+def _tiles(slab: Callable[[], npt.NDArray[Any]]) -> npt.NDArray[np.uint8]:
+    blocks = slab()
+    return tiles(blocks["weights"], blocks["scale"])
 
 
 def i4_pairs(nibbles: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -94,6 +94,18 @@ class PagedModel:
             total += int(np.prod([shape[i].get_length() for i in range(1, 4)])) * port.get_element_type().size
         return total
 
+    @property
+    def mapped_bytes(self) -> int:
+        """Of the weights' file, shared by all replicas of the node, what every step reads: all of it, but for the
+        embedding, where the products are nibble's own; of OpenVINO's packed weights none."""
+        return self._weights.mapped_bytes if self.products == "nibble" else 0
+
+    def unload_packed(self) -> None:
+        """Once the first steps were run: OpenVINO's products have their weights packed in memory of their own, and read
+        the file no more, but for rows of the embedding."""
+        if self.products == "openvino":
+            self._weights.unload()
+
     def allocate(self, blocks: int) -> None:
         """Gives the KV cache so many blocks; what was in it is lost."""
         self._memory = []  # a tensor that shares memory does not keep it

@@ -177,6 +177,57 @@ def test_replicas_that_fit_on_a_node_share_a_quarter_of_its_memory(
     assert llama(max_running=100).info()["kv_cache_tokens"] == blocks * BLOCK_TOKENS
 
 
+def test_the_cache_is_sized_once_the_weights_are_packed(
+    llama: Callable[..., OpenvinoEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = []
+    step, unload, allocate = PagedModel.step, PagedModel.unload_packed, PagedModel.allocate
+
+    def recorded(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(self: PagedModel, *arguments: object) -> object:
+            events.append((name, *arguments[:1]) if name == "allocate" else (name,))
+            return function(self, *arguments)
+
+        return call
+
+    def available() -> int:
+        events.append(("available",))
+        return 1 << 30
+
+    monkeypatch.setattr(openvino, "available_memory", available)
+    monkeypatch.setattr(PagedModel, "step", recorded("step", step))
+    monkeypatch.setattr(PagedModel, "unload_packed", recorded("unload", unload))
+    monkeypatch.setattr(PagedModel, "allocate", recorded("allocate", allocate))
+    blocks = int(llama().info()["kv_cache_tokens"]) // BLOCK_TOKENS
+    small, *steps = events[:-3]
+    assert small == ("allocate", 2)  # for the 64 tokens of the longest step
+    assert set(steps) == {("step",)}
+    assert events[-3:] == [("unload",), ("available",), ("allocate", blocks)]
+    assert blocks > 2
+
+
+async def test_an_engine_that_dropped_the_files_pages_computes_the_same(llama: Callable[..., OpenvinoEngine]) -> None:
+    engine = llama()
+    weights = engine._batch._model._weights
+    first = await ids(engine, TokenRequest(prompt(1), 20, GREEDY))
+    weights.unload()
+    assert await ids(engine, TokenRequest(prompt(1), 20, GREEDY)) == first
+
+
+@pytest.mark.skipif(
+    not wants_tiles("throughput", cpu_flags()), reason="on this CPU OpenVINO multiplies, and packs the weights"
+)
+def test_mapped_weights_are_not_free_for_the_cache(
+    llama: Callable[..., OpenvinoEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel counts pages of files as available."""
+    monkeypatch.setattr(PagedModel, "block_bytes", 1000)
+    monkeypatch.setattr(PagedModel, "mapped_bytes", 10**6)
+    monkeypatch.setattr(openvino, "available_memory", lambda: 10**6 + 4 * 40 * 1000)
+    monkeypatch.setattr(openvino, "available_cores", lambda: 1)
+    assert llama(max_running=100, tune="throughput").info()["kv_cache_tokens"] == 40 * BLOCK_TOKENS
+
+
 async def test_an_idle_engine_gets_its_whole_cache_and_serves_meanwhile(llama: Callable[..., OpenvinoEngine]) -> None:
     engine = llama(kv_cache="512MB")
     first = await ids(engine, TokenRequest(prompt(1), 5, GREEDY))

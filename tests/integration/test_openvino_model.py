@@ -14,6 +14,7 @@ import openvino as ov
 import pytest
 from openvino import opset13 as op
 
+from cluster import verified
 from cluster.checkpoint import read_config
 from cluster.families import FAMILY_NAMES, FamilyName
 from cluster.hyperparameters import read_hyperparameters
@@ -234,6 +235,31 @@ def test_8_bit_artifacts_run_too(family: FamilyName, random_artifact: Callable[.
     assert 0.001 < relative_rms(at_once(eight, wanted.ids), wanted.logits) < 0.5
     assert relative_rms(one_by_one(eight, wanted.ids), at_once(eight, wanted.ids)) < 0.01
     assert not np.allclose(at_once(eight, wanted.ids), at_once(four, wanted.ids))
+
+
+def test_a_second_start_reads_no_file_to_verify_it(
+    random_artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = random_artifact("bloom-wide")
+    derived_weights(folder)
+    derived_weights(folder)  # a stamp from the very tick of the file's last change is not trusted
+
+    def refuse(path: Path) -> str:
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr(verified, "file_sha256", refuse)
+    derived_weights(folder)
+
+
+def test_probes_are_closed_before_the_model_is_compiled(
+    random_artifact: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, model = derived_weights(random_artifact("llama3"))
+    closed = []
+    close = PagedModel.close
+    monkeypatch.setattr(PagedModel, "close", lambda self: (closed.append(self), close(self)))
+    choose_settings(weights, model, 1, "throughput")
+    assert len(closed) == len(candidates(cpu_flags()))
 
 
 def test_what_was_derived_is_used_again_and_made_anew_where_it_is_damaged(random_artifact: Callable[..., Path]) -> None:
