@@ -132,6 +132,7 @@ def serve(bench: Bench, engine: str, replicas: int) -> Figures:
     log = bench.folder / f"serve-{engine}-{replicas}.log"
     with started(bench.nibble("serve", str(config)), bench, log) as child:
         figures = watched_start(child, log, url)
+        print("started", json.dumps(figures), file=sys.stderr, flush=True)  # whatever becomes of the request
         if "failed" not in figures:
             sent = NOW()
             ask(url, replicas)
@@ -204,7 +205,7 @@ def failed(child: subprocess.Popen[bytes], seconds: float) -> str | None:
 
 def ask(url: str, replicas: int) -> None:
     """A request for each replica, at the same time."""
-    body = {"model": "model", "prompt": "Q: What is CPU? A:" * 4, "max_tokens": 16, "temperature": 0, "n": replicas}
+    body = {"model": "model", "prompt": "Q: What is CPU? A:", "max_tokens": 16, "temperature": 0, "n": replicas}
     httpx.post(f"{url}/v1/completions", json=body, timeout=STEP_S).raise_for_status()
 
 
