@@ -18,6 +18,9 @@ from cluster.isa import available_cores, choose_isa
 from cluster.restoring import on_node
 
 PROBE_TIMEOUT_S = 30
+# Of the messages by which Ray Serve 2.60 warns of a replica that takes more than 30 s to be scheduled or to initialize
+# (SLOW_STARTUP_WARNING_S in ray/serve/_private/constants.py), in a deployment's status too.
+SLOW_START = "have taken more than"
 
 
 class NodeProbe(NamedTuple):
@@ -125,5 +128,6 @@ def deployment_state(deployment: Any, threads: int, waiting: Counter[float]) -> 
     if set(counts) - {"RUNNING"} and waiting[threads]:
         free = ray.available_resources().get("CPU", 0)
         return f"{line}; waits for a node with {threads} free CPUs (in the whole cluster {free:g} are free)"
-    # Serve's own words where a replica fails to start, say.
-    return f"{line}; {deployment.message}" if deployment.message and not running(deployment) else line
+    # Serve's own words where a replica fails to start, say; not those that only tell how long it takes.
+    told = deployment.message and SLOW_START not in deployment.message and not running(deployment)
+    return f"{line}; {deployment.message}" if told else line
