@@ -24,6 +24,7 @@ from deployments.access import Access, load_keys
 from deployments.calls import Calls
 from deployments.engines.loading import ENVIRONMENT
 from deployments.families import FAMILY_DEPLOYMENTS
+from deployments.greeting import FirstAnswer, Traffic, first_answer
 from deployments.grpc_api import SERVICER_FUNCTIONS, GrpcApi
 from deployments.http_api import build_http_api
 from deployments.kserve_api import KserveApi
@@ -52,7 +53,11 @@ class Ingress(GrpcApi, KserveApi):
 
     def __init__(self, config: NibbleConfig, *handles: DeploymentHandle) -> None:
         lost_replica = asyncio.Event()
-        models = [ServeModel(model, handle, lost_replica) for model, handle in zip(config.models, handles, strict=True)]
+        self._traffic = Traffic()
+        models = [
+            ServeModel(model, handle, lost_replica, self._traffic)
+            for model, handle in zip(config.models, handles, strict=True)
+        ]
         self.router = Router({model.config.name: model for model in models}, config.limits)
         self.calls = Calls(Access(config.auth), config.logging)
         self._configs = list(config.models)
@@ -61,6 +66,10 @@ class Ingress(GrpcApi, KserveApi):
     async def configs(self) -> list[ModelConfig]:
         """For `nibble status`: also of the models that have no replica to ask."""
         return self._configs
+
+    async def first_answer(self, model: str, prompt: str, max_tokens: int) -> FirstAnswer:
+        """For `nibble serve`."""
+        return await first_answer(self.router.model(model), self._traffic, prompt, max_tokens)
 
 
 def scaling(model: ModelConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from cluster.config import ModelConfig
 from cluster.errors import DeadlineError, QueueFullError, UnavailableError
 from cluster.ray_errors import nibble_cause
 from deployments.chat import Conversation
+from deployments.greeting import Traffic
 from deployments.records import GenerationChunk, GenerationRequest
 
 logger = logging.getLogger("ray.serve")
@@ -30,10 +31,14 @@ SETTLED_POLL_S = 10.0
 
 
 class ServeModel:
-    """A `ServedModel` of the router. `lost_replica` is set when a request finds that its replica died."""
+    """A `ServedModel` of the router. `lost_replica` is set when a request finds that its replica died; `traffic` counts
+    the requests for which a replica computes."""
 
-    def __init__(self, config: ModelConfig, handle: DeploymentHandle, lost_replica: asyncio.Event) -> None:
+    def __init__(
+        self, config: ModelConfig, handle: DeploymentHandle, lost_replica: asyncio.Event, traffic: Traffic
+    ) -> None:
         self.config = config
+        self._traffic = traffic
         self.running_replicas = 0
         self._lost_replica = lost_replica
         self._handle = handle
@@ -55,7 +60,7 @@ class ServeModel:
         if request.timeout_s is not None:
             timer = asyncio.get_running_loop().call_later(request.timeout_s, expire)
         try:
-            with self._replica_errors():
+            with self._traffic.request(), self._replica_errors():
                 async for chunk in response:
                     finished = chunk.finish_reason is not None
                     yield chunk
@@ -76,7 +81,8 @@ class ServeModel:
         return str(await self._ask("detokenize", ids))
 
     async def embed(self, prompt: str | tuple[int, ...], max_tokens: int | None) -> tuple[list[float], int]:
-        vector, tokens = await self._ask("embed", prompt, max_tokens)
+        with self._traffic.request():
+            vector, tokens = await self._ask("embed", prompt, max_tokens)
         return vector, tokens
 
     async def _ask(self, method: str, *arguments: Any) -> Any:

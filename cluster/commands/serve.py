@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import httpx
+from ray.exceptions import RayError, RayTaskError
 from rich.console import Console
 
-from cluster.commands.generate import generate
 from cluster.commands.preflight import (
     PlannedModel,
     check_fit_together,
@@ -21,18 +23,23 @@ from cluster.commands.preflight import (
     report,
     this_node,
 )
-from cluster.commands.status import deployment_state, ray_serve, running, serve_deployments, waiting_cpus
-from cluster.config import ModelConfig, NibbleConfig
+from cluster.commands.status import ask, deployment_state, ray_serve, running, serve_deployments, waiting_cpus
+from cluster.config import ROUTER_NAME, ModelConfig, NibbleConfig
 from cluster.errors import ConfigError, NibbleError
 from cluster.families import FAMILIES
 from cluster.isa import available_cores
 from cluster.noted import noted
 from cluster.ray_cluster import CONVERSION_CPUS, joined_cluster, local_cluster
+from cluster.ray_errors import nibble_cause
 from cluster.wanted import Wanted
+
+if TYPE_CHECKING:
+    from deployments.greeting import FirstAnswer
 
 POLL_S = 0.5
 ANSWER_TIMEOUT_S = 30
-FIRST_ANSWER_TOKENS = 64
+FIRST_ANSWER_TOKENS = 12  # enough to see that it speaks: 64 take half a minute at 7 billion weights
+FIRST_ANSWER_TIMEOUT_S = 120
 
 
 def serve(
@@ -227,11 +234,30 @@ def greet(config: NibbleConfig, url: str, grpc_address: str, say: Callable[[str]
     if keys:
         say(f"Requests need an API key of {keys}, which `nibble serve` has none of: no first answers are shown.")
         return
-    for model in config.models:
-        started = time.monotonic()
-        options = {"max_tokens": min(FIRST_ANSWER_TOKENS, model.context // 2), "temperature": 0}
-        answer = "".join(generate(url, model.name, demo_prompt(model), stream=False, options=options))
-        say(f"{model.name} ({time.monotonic() - started:.2f} s): {demo_prompt(model)}{answer}")
+    asyncio.run(show_first_answers(config.models, say))
+
+
+async def show_first_answers(models: Sequence[ModelConfig], say: Callable[[str], None]) -> None:
+    """All on one event loop, to which Serve's handles are bound. A model that cannot answer does not end the others."""
+    for model in models:
+        tokens, prompt = min(FIRST_ANSWER_TOKENS, model.context // 2), demo_prompt(model)
+        try:
+            answer = await ask(
+                ROUTER_NAME, "first_answer", model.name, prompt, tokens, timeout_s=FIRST_ANSWER_TIMEOUT_S
+            )
+        except (RayError, asyncio.TimeoutError) as error:
+            reason = (nibble_cause(error) if isinstance(error, RayTaskError) else None) or error
+            say(f"{model.name}: no first answer: {reason or type(error).__name__}")
+        else:
+            say(f"{model.name}{greeting_line(answer, prompt)}")
+
+
+def greeting_line(answer: FirstAnswer, prompt: str) -> str:
+    """What follows the model's name."""
+    if answer.first_token_s is None:
+        return ": no first answer, since others are served" if answer.skipped else ": its first answer is empty"
+    end = "… (ended for another request)" if answer.skipped else ""
+    return f" (first token after {answer.first_token_s:.2f} s): {prompt}{answer.text}{end}"
 
 
 def demo_prompt(model: ModelConfig) -> str:

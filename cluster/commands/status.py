@@ -84,11 +84,11 @@ async def served_models(deployments: dict[str, Any]) -> list[tuple[ModelConfig, 
     ]
 
 
-async def ask(deployment: str, method: str) -> Any:
+async def ask(deployment: str, method: str, *arguments: Any, timeout_s: float = PROBE_TIMEOUT_S) -> Any:
     from deployments.app import APP_NAME
 
     handle = ray_serve().get_deployment_handle(deployment, APP_NAME)
-    return await asyncio.wait_for(getattr(handle, method).remote(), PROBE_TIMEOUT_S)
+    return await asyncio.wait_for(getattr(handle, method).remote(*arguments), timeout_s)
 
 
 def ray_serve() -> Any:

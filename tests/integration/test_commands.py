@@ -32,7 +32,7 @@ def test_serve_greets_with_lines_to_copy_and_a_first_answer_of_each_family(serve
     assert f"curl {served.http}/v1/completions" in output
     assert f"nibble generate llama 'Q: What is CPU? A:' --grpc --url {served.grpc} --stream" in output
     for family in FAMILY_NAMES:
-        answer = rf"^{family} \([\d.]+ s\): {re.escape(FAMILIES[family].demo_prompt)}\s+\w+"
+        answer = rf"^{family} \(first token after [\d.]+ s\): {re.escape(FAMILIES[family].demo_prompt)}\s+\w+"
         assert re.search(answer, output, re.MULTILINE)
     assert "share the cores evenly" in output
 

@@ -146,7 +146,8 @@ async def test_a_completion_is_asked_for_and_timed() -> None:
     ]
     assert reply.failure is None
     assert (reply.prompt_tokens, reply.completion_tokens, len(reply.chunks)) == (2, 3, 3)
-    assert before < reply.chunks[0] < reply.chunks[1] < reply.chunks[2] < reply.end
+    # Chunks that are read at once have the same time.
+    assert before < reply.chunks[0] <= reply.chunks[1] <= reply.chunks[2] <= reply.end
 
 
 @pytest.mark.parametrize(("path", "expected"), [("/", "/v1"), ("/v1", "/v1"), ("/v3/", "/v3")])

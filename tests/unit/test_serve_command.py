@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from cluster.commands import serve
 from cluster.commands.keys import add_key
-from cluster.config import AuthConfig, HttpConfig, NibbleConfig, default_config
+from cluster.config import ROUTER_NAME, AuthConfig, HttpConfig, NibbleConfig, default_config
 from cluster.errors import ConfigError
+from deployments.greeting import FirstAnswer
 
 
 def config(host: str = "127.0.0.1", keys: Path | None = None) -> NibbleConfig:
@@ -69,11 +71,14 @@ def greeting(config: NibbleConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[str
     """What is said, and the models that were asked."""
     asked: list[str] = []
 
-    def answer(url: str, model: str, *_: Any, **__: Any) -> list[str]:
+    async def ask(deployment: str, method: str, model: str, *_: Any, **__: Any) -> FirstAnswer:
+        assert (deployment, method) == (ROUTER_NAME, "first_answer")
         asked.append(model)
-        return [" An answer."]
+        if model == "gptneox":
+            raise RayActorError
+        return FirstAnswer(" An answer.", 0.5)
 
-    monkeypatch.setattr(serve, "generate", answer)
+    monkeypatch.setattr(serve, "ask", ask)
     said: list[str] = []
     serve.greet(config, *serve.addresses(config), said.append)
     return "\n".join(said), asked
@@ -82,8 +87,22 @@ def greeting(config: NibbleConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[str
 def test_without_keys_each_model_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     said, asked = greeting(config(), monkeypatch)
     assert asked == ["llama", "gptneox", "bloom", "starcoder"]
+    assert "llama (first token after 0.50 s): Q: What is CPU? A: An answer.\n" in said
+    assert "gptneox: no first answer: The actor" in said  # and the others are asked nevertheless
     assert "NIBBLE_API_KEY" not in said
     assert "curl http://127.0.0.1:8000/v1/completions -H 'Content-Type" in said
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        (FirstAnswer(skipped=True), ": no first answer, since others are served"),
+        (FirstAnswer(" A", 1.0, skipped=True), " (first token after 1.00 s): Q: A… (ended for another request)"),
+        (FirstAnswer(), ": its first answer is empty"),
+    ],
+)
+def test_what_is_said_of_an_answer_that_is_not_whole(answer: FirstAnswer, line: str) -> None:
+    assert serve.greeting_line(answer, "Q:") == line
 
 
 def test_with_keys_the_lines_to_copy_carry_one_and_no_model_is_asked(

@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError
 from cluster.config import ModelConfig
 from cluster.errors import UnavailableError
 from deployments import serve_model
+from deployments.greeting import Traffic
 from deployments.serve_model import ServeModel, watch_readiness
 
 CONFIG = ModelConfig(name="m", family="llama", checkpoint="builtin:llama")
@@ -49,7 +50,7 @@ class Status:
 @asynccontextmanager
 async def watched() -> AsyncIterator[ServeModel]:
     lost = asyncio.Event()
-    model = ServeModel(CONFIG, DeadReplica(), lost)  # type: ignore[arg-type]
+    model = ServeModel(CONFIG, DeadReplica(), lost, Traffic())  # type: ignore[arg-type]
     watch = asyncio.create_task(watch_readiness("app", [model], lost))
     try:
         yield model
