@@ -20,12 +20,15 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
+from cluster.artifacts.manifest import ChunkEntry, Manifest
+from cluster.artifacts.node_cache import CachedArtifact, NodeCache, ReadChunk
+from cluster.checkpoints.sources import is_repository
 from cluster.config import ArtifactsConfig
-from cluster.conversion import ShardReport, check_task, plan_task, shard_task
+from cluster.conversion.steps import PlannedConversion, draft_manifest
+from cluster.conversion.wanted import Wanted
+from cluster.conversion_tasks import ShardReport, check_task, plan_task, shard_task
 from cluster.display import ConversionProgress
 from cluster.errors import ArtifactError
-from cluster.manifest import ChunkEntry, Manifest
-from cluster.node_cache import CachedArtifact, NodeCache, ReadChunk
 from cluster.ray_errors import nibble_cause, raised_here
 from cluster.restoring import (
     alive_nodes,
@@ -40,9 +43,6 @@ from cluster.restoring import (
     on_node,
     remove_durable,
 )
-from cluster.sources import is_repository
-from cluster.steps import PlannedConversion, draft_manifest
-from cluster.wanted import Wanted
 
 STORE_NAME = "artifact-store"
 NAMESPACE = "nibble"

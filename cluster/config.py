@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 
+from cluster.artifacts.manifest import SHARD_BYTES, Quantization, Record
 from cluster.errors import ConfigError
 from cluster.families import FAMILY_NAMES, EngineName, FamilyName
 from cluster.isa import Isa
-from cluster.manifest import SHARD_BYTES, Quantization, Record
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 # A model's name is a Serve deployment's name and a path segment of metrics.

@@ -17,7 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from cluster.manifest import Manifest, Record
+from cluster.artifacts.manifest import Manifest, Record
 
 PLAIN_LINE_S = 5.0
 

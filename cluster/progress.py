@@ -9,9 +9,9 @@ from rich.console import Console
 
 from cluster.artifact_store import Published, store_handle
 from cluster.config import ArtifactsConfig
+from cluster.conversion.wanted import Wanted
 from cluster.display import ConversionDisplay, describe
 from cluster.ray_errors import raised_here
-from cluster.wanted import Wanted
 
 POLL_S = 0.2
 

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import ray
 
+from cluster.artifacts.digests import bytes_sha256, check_digest
+from cluster.artifacts.durable import DurableCopy
+from cluster.artifacts.manifest import ChunkEntry, Manifest
+from cluster.artifacts.node_cache import NodeCache
 from cluster.config import ArtifactsConfig
-from cluster.conversion import TASK_RETRIES
-from cluster.digests import bytes_sha256, check_digest
-from cluster.durable import DurableCopy
-from cluster.manifest import ChunkEntry, Manifest
-from cluster.node_cache import NodeCache
-from cluster.wanted import Wanted
+from cluster.conversion.wanted import Wanted
+from cluster.conversion_tasks import TASK_RETRIES
 
 
 @ray.remote(num_cpus=0, max_retries=TASK_RETRIES)

@@ -18,22 +18,22 @@ from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 
 from cluster.config import ROUTER_NAME, ArtifactsConfig, ModelConfig, NibbleConfig, parse_config
+from cluster.conversion.wanted import Wanted, wanted_artifacts
 from cluster.progress import ensure_artifacts
-from cluster.wanted import Wanted, wanted_artifacts
-from deployments.access import Access, load_keys
-from deployments.calls import Calls
+from deployments.api.access import Access, load_keys
+from deployments.api.calls import Calls
+from deployments.api.grpc_api import SERVICER_FUNCTIONS, GrpcApi
+from deployments.api.http_api import build_http_api
+from deployments.api.kserve_api import KserveApi
 from deployments.engines.loading import ENVIRONMENT
 from deployments.families import FAMILY_DEPLOYMENTS
-from deployments.greeting import FirstAnswer, Traffic, first_answer
-from deployments.grpc_api import SERVICER_FUNCTIONS, GrpcApi
-from deployments.http_api import build_http_api
-from deployments.kserve_api import KserveApi
-from deployments.request_router import LEAST_BUSY
-from deployments.router import Router
-from deployments.serve_model import ServeModel, watch_readiness
+from deployments.routing.greeting import FirstAnswer, Traffic, first_answer
+from deployments.routing.request_router import LEAST_BUSY
+from deployments.routing.router import Router
+from deployments.routing.serve_model import ServeModel, watch_readiness
 
 APP_NAME = "nibble"
-# The router writes a line of each request itself, with more in it (`deployments/calls.py`); Serve's own two, one of
+# The router writes a line of each request itself, with more in it (`deployments/api/calls.py`); Serve's own two, one of
 # them in the replica, only cost time.
 LOGGING = {"enable_access_log": False}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from deployments.chat import Conversation
 from deployments.engines.base import FinishReason, SamplingParams
-from deployments.grammar import Grammar
+from deployments.generation.chat import Conversation
+from deployments.generation.grammar import Grammar
 
 Prompt = str | tuple[int, ...] | Conversation
 

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import ClassVar
 
 from cluster.artifact_store import fetch_artifact
+from cluster.artifacts.node_cache import NodeCache
 from cluster.config import ArtifactsConfig, ModelConfig
+from cluster.conversion.wanted import Wanted
 from cluster.errors import EngineError
 from cluster.families import FamilyName
 from cluster.isa import available_cores, available_memory, cpu_flags
-from cluster.node_cache import NodeCache
-from cluster.wanted import Wanted
-from deployments.chat import Conversation
 from deployments.cores import CoreClaim, claim_cores
 from deployments.engines.loading import load_engine
 from deployments.engines.needs import ADVICE, gib, read_artifact, replica_needs
-from deployments.generation import embed_text, generate_text
+from deployments.generation.chat import Conversation
+from deployments.generation.generation import embed_text, generate_text
+from deployments.generation.text import Tokenizer
 from deployments.records import GenerationChunk, GenerationRequest, Prompt
-from deployments.text import Tokenizer
 
 
 def own_cores(folder: Path, threads: int) -> CoreClaim | None:

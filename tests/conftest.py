@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import cluster.demos
+from cluster.artifacts.manifest import MANIFEST_FILE, Manifest, Quantization, binary_name
+from cluster.conversion.plan import CONVERTER_VERSION, plan_conversion
+from cluster.conversion.shard import convert_shard
 from cluster.families import FamilyName
-from cluster.manifest import MANIFEST_FILE, Manifest, Quantization, binary_name
-from cluster.plan import CONVERTER_VERSION, plan_conversion
-from cluster.shard import convert_shard
 
 DEMOS = Path(cluster.demos.__file__).parent
 

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cluster.checkpoints.hyperparameters import read_hyperparameters
+from cluster.conversion.layouts import LAYOUTS, tensor_rules
 from cluster.families import FamilyName
-from cluster.hyperparameters import read_hyperparameters
-from cluster.layouts import LAYOUTS, tensor_rules
 from tests.bench.make_checkpoint import numbers
 from tests.random_tokenizer import MISTRAL_WORDS, byte_level_tokenizer, sentencepiece_model
 from tests.torch_files import state_pickle, write_archive

@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from cluster.checkpoints.hyperparameters import read_hyperparameters
+from cluster.conversion.layouts import LAYOUTS, tensor_rules
 from cluster.families import FAMILIES, FamilyName
-from cluster.hyperparameters import read_hyperparameters
-from cluster.layouts import LAYOUTS, tensor_rules
 from tests.random_tokenizer import (
     MISTRAL_WORDS,
     TokenizerKind,

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Column, Table
 
+from cluster.artifacts.durable import DurableCopy
+from cluster.artifacts.manifest import Manifest
+from cluster.artifacts.node_cache import NodeCache
 from cluster.config import ArtifactsConfig
-from cluster.durable import DurableCopy
 from cluster.errors import ArtifactError
-from cluster.manifest import Manifest
-from cluster.node_cache import NodeCache
 
 
 class Finding(NamedTuple):

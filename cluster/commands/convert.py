@@ -6,17 +6,17 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cluster.artifacts.digests import check_digest
+from cluster.artifacts.manifest import Manifest, Quantization
+from cluster.artifacts.node_cache import Staging, publish_folder, write_binary, write_files
 from cluster.commands.preflight import describe_outline
 from cluster.config import ArtifactsConfig
-from cluster.digests import check_digest
+from cluster.conversion.local import convert_to_folder
+from cluster.conversion.outline import read_outline
+from cluster.conversion.wanted import Wanted
 from cluster.display import ConversionDisplay
 from cluster.errors import ConfigError
 from cluster.families import FamilyName
-from cluster.local_conversion import convert_to_folder
-from cluster.manifest import Manifest, Quantization
-from cluster.node_cache import Staging, publish_folder, write_binary, write_files
-from cluster.outline import read_outline
-from cluster.wanted import Wanted
 
 
 def convert(

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import ConfigError
-from deployments.access import KEY_PREFIX, KeyEntry, hash_of, load_keys, parse_keys
+from deployments.api.access import KEY_PREFIX, KeyEntry, hash_of, load_keys, parse_keys
 
 HEADER = "# API keys of nibble: only their hashes. `nibble keys` edits this file; a running router reads it again.\n"
 

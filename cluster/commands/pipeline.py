@@ -14,22 +14,22 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cluster.artifacts.manifest import Manifest
+from cluster.artifacts.node_cache import CachedArtifact
 from cluster.config import ArtifactsConfig
+from cluster.conversion.local import convert_to_cache
+from cluster.conversion.wanted import Wanted
 from cluster.display import ConversionDisplay
 from cluster.errors import ConfigError
 from cluster.families import FamilyName
 from cluster.isa import available_cores
-from cluster.local_conversion import convert_to_cache
-from cluster.manifest import Manifest
-from cluster.node_cache import CachedArtifact
-from cluster.wanted import Wanted
+from deployments.api.openai_objects import CompletionObject, completion_object, usage_object
 from deployments.engines.base import SamplingParams, TokenRequest
-from deployments.engines.bigdl import BigdlEngine
-from deployments.generation import generate_text
-from deployments.openai_objects import CompletionObject, completion_object, usage_object
+from deployments.engines.bigdl.engine import BigdlEngine
+from deployments.generation.generation import generate_text
+from deployments.generation.text import Tokenizer
 from deployments.records import GenerationRequest
-from deployments.router import Completion, joined
-from deployments.text import Tokenizer
+from deployments.routing.router import Completion, joined
 
 MAX_TOKENS = 32  # n_predict of the reference example
 CONTEXT = 512  # n_ctx of the reference example

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from cluster.config import ArtifactsConfig, ModelConfig, NibbleConfig
+from cluster.conversion.outline import Outline, read_outline
+from cluster.conversion.wanted import Wanted, wanted_artifacts
 from cluster.errors import ConfigError, HubUnavailableError
 from cluster.isa import available_memory, cpu_flags
-from cluster.outline import Outline, read_outline
-from cluster.wanted import Wanted, wanted_artifacts
 from deployments.engines.needs import ADVICE, ReplicaNeeds, check_planned, gib, replica_needs
 
 

@@ -25,16 +25,16 @@ from cluster.commands.preflight import (
 )
 from cluster.commands.status import ask, deployment_state, ray_serve, running, serve_deployments, waiting_cpus
 from cluster.config import ROUTER_NAME, ModelConfig, NibbleConfig
+from cluster.conversion.wanted import Wanted
 from cluster.errors import ConfigError, NibbleError
 from cluster.families import FAMILIES
 from cluster.isa import available_cores
 from cluster.noted import noted
 from cluster.ray_cluster import CONVERSION_CPUS, joined_cluster, local_cluster
 from cluster.ray_errors import nibble_cause
-from cluster.wanted import Wanted
 
 if TYPE_CHECKING:
-    from deployments.greeting import FirstAnswer
+    from deployments.routing.greeting import FirstAnswer
 
 POLL_S = 0.5
 ANSWER_TIMEOUT_S = 30
@@ -109,7 +109,7 @@ def dry_run_report(config: NibbleConfig, address: str | None) -> list[str]:
 def check_access(config: NibbleConfig, joined: bool, say: Callable[[str], None]) -> None:
     """Before anything is started. Raises ConfigError for a keys' file that cannot be used; warns where strangers can
     ask without a key."""
-    from deployments.access import load_keys
+    from deployments.api.access import load_keys
 
     host, keys_file = config.http.host, config.auth.api_keys_file
     if keys_file is not None:

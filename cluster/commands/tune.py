@@ -12,13 +12,13 @@ from rich.table import Table
 from ruamel.yaml import YAML
 
 from cluster.config import ModelConfig, load_config
+from cluster.conversion.local import convert_to_cache
+from cluster.conversion.wanted import wanted_artifacts
 from cluster.display import ConversionDisplay
 from cluster.errors import ConfigError
 from cluster.isa import available_cores
-from cluster.local_conversion import convert_to_cache
-from cluster.wanted import wanted_artifacts
 from deployments.engines.measure import Load
-from deployments.splits import Result, splits, try_split
+from deployments.engines.splits import Result, splits, try_split
 
 
 def tune(path: Path, name: str | None, load: Load, rounds: int, write: bool, console: Console) -> None:

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cluster.artifacts.ggml import BLOCK_WEIGHTS
+from cluster.artifacts.manifest import Manifest, TensorEntry
 from cluster.errors import ArtifactError, NibbleError
-from cluster.ggml import BLOCK_WEIGHTS
 from cluster.isa import choose_isa
-from cluster.manifest import Manifest, TensorEntry
 from deployments.engines.base import Logits
-from deployments.engines.bigdl_model import BLOCK, POSITION_TENSOR, CachedModel, load_model
+from deployments.engines.bigdl.model import BLOCK, POSITION_TENSOR, CachedModel, load_model
 from deployments.engines.ggml_blocks import BLOCKS
 from deployments.engines.loading import require_openvino
 
@@ -46,7 +46,7 @@ def check_artifact(folder: Path, threads: int = 1) -> None:
         check_bigdl(folder, threads, manifest)
         return
     require_openvino()
-    from deployments.engines.openvino_check import check_openvino
+    from deployments.engines.openvino.self_check import check_openvino
 
     check_openvino(folder, threads)
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cluster.ggml import BLOCK_WEIGHTS
-from cluster.manifest import Quantization
+from cluster.artifacts.ggml import BLOCK_WEIGHTS
+from cluster.artifacts.manifest import Quantization
 
 # 64 weights, a scale first: the nibbles minus 8 (byte j holds weights j and j + 32), or the signed bytes, times it.
 BLOCKS: dict[str, np.dtype[Any]] = {

@@ -10,7 +10,7 @@ from cluster.config import ModelConfig, OpenvinoConfig
 from cluster.errors import EngineError
 from cluster.families import EngineName
 from deployments.engines.base import Engine
-from deployments.engines.bigdl import BigdlEngine
+from deployments.engines.bigdl.engine import BigdlEngine
 
 # What a process that runs the engine is to be started with. The openvino engine's packed weights lie in memory of
 # malloc's: in huge pages a step of 8 sequences takes a tenth less time (tests/bench/NOTES.md). glibc reads this once,
@@ -28,7 +28,7 @@ def load_engine(model: ModelConfig, folders: Sequence[Path], cores: tuple[int, .
     if model.engine == "bigdl":
         return BigdlEngine(folder, threads=model.threads, context=model.context, cores=cores, isa=model.isa)
     require_openvino()
-    from deployments.engines.openvino import OpenvinoEngine  # its package is an extra
+    from deployments.engines.openvino.engine import OpenvinoEngine  # its package is an extra
 
     options = model.openvino or OpenvinoConfig()
     draft = drafts[0] if drafts else None

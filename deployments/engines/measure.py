@@ -18,8 +18,8 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 
+from cluster.artifacts.manifest import Record
 from cluster.config import ModelConfig
-from cluster.manifest import Record
 from deployments.engines.base import Engine, SamplingParams, TokenRequest
 from deployments.engines.loading import load_engine
 

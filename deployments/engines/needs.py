@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cluster.checkpoint import read_config
+from cluster.artifacts.ggml import data_bytes
+from cluster.artifacts.manifest import Manifest, TensorEntry
+from cluster.checkpoints.folder import read_config
+from cluster.checkpoints.hyperparameters import Hyperparameters, read_hyperparameters
 from cluster.config import ModelConfig, OpenvinoConfig
 from cluster.errors import ConfigError
-from cluster.ggml import data_bytes
-from cluster.hyperparameters import Hyperparameters, read_hyperparameters
-from cluster.manifest import Manifest, TensorEntry
-from deployments.engines.paged_cache import BLOCK_TOKENS
-from deployments.engines.q4_layout import wants_tiles
+from deployments.engines.openvino.paged_cache import BLOCK_TOKENS
+from deployments.engines.products.layout import wants_tiles
 
 GIB = 1 << 30
 PROCESS_BYTES = 200 << 20  # of a replica's interpreter and libraries: the least seen with the demo models

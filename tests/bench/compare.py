@@ -26,6 +26,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from cluster.artifacts.manifest import Manifest
 from cluster.bench.figures import Level, levels_of, ratios, spreads
 from cluster.bench.grpc_client import GrpcClient
 from cluster.bench.http_client import HttpClient
@@ -35,11 +36,10 @@ from cluster.bench.results import results
 from cluster.bench.runner import Bench
 from cluster.commands.bench import loads_of
 from cluster.config import ArtifactsConfig
+from cluster.conversion.local import convert_to_cache
+from cluster.conversion.wanted import wanted_artifacts
 from cluster.display import ConversionDisplay
-from cluster.local_conversion import convert_to_cache
-from cluster.manifest import Manifest
 from cluster.ray_cluster import free_ports
-from cluster.wanted import wanted_artifacts
 from deployments.engines.loading import ENVIRONMENT, load_engine
 from tests.bench.compare_clients import EngineClient, UpstreamClient
 from tests.bench.serving import CONTEXT, NOW, model_of, run_with, running, serving, workload_parser

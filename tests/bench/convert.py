@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import ArtifactsConfig
+from cluster.conversion.plan import ConversionPlan, plan_conversion
 from cluster.families import FAMILY_NAMES, FamilyName
-from cluster.plan import ConversionPlan, plan_conversion
 from tests.bench.measured import Measured, measure, read_once
 
 ROOT = Path(__file__).parents[2]
@@ -83,9 +83,9 @@ def run_inside(what: str, checkpoint: Path, family: FamilyName, workers: int, sh
     import ray
 
     from cluster.artifact_store import store_handle
-    from cluster.conversion import shard_task
+    from cluster.conversion.wanted import Wanted
+    from cluster.conversion_tasks import shard_task
     from cluster.ray_cluster import local_cluster
-    from cluster.wanted import Wanted
 
     plan = plan_conversion(checkpoint, family, shard_bytes=shard_bytes)
     with local_cluster(workers):

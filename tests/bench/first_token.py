@@ -29,10 +29,10 @@ from cluster.bench.grpc_client import GrpcClient
 from cluster.bench.http_client import HttpClient
 from cluster.bench.prompts import token_prompts
 from cluster.bench.records import Client, Fields, Prompt
-from cluster.checkpoint import read_config
+from cluster.checkpoints.folder import read_config
 from cluster.commands.status import ask
 from cluster.ray_cluster import joined_cluster
-from deployments.text import IncrementalDetokenizer, Tokenizer
+from deployments.generation.text import IncrementalDetokenizer, Tokenizer
 from tests.bench.serving import NOW, Served, model_of, run_with, serving, workload_parser
 
 REQUESTS = 8  # of each client

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from cluster.checkpoints.hyperparameters import read_hyperparameters
+from cluster.conversion.layouts import LAYOUTS, tensor_rules
 from cluster.families import FAMILY_NAMES
-from cluster.hyperparameters import read_hyperparameters
-from cluster.layouts import LAYOUTS, tensor_rules
 from tests.random_checkpoint import Shape, model_config, write_tokenizer
 
 BLOCK = np.random.default_rng(0).normal(0, 0.02, 1 << 22).astype("<f2")

@@ -8,8 +8,8 @@ import ray
 
 from cluster.artifact_store import Published, store_handle
 from cluster.config import ArtifactsConfig
+from cluster.conversion.wanted import Wanted
 from cluster.ray_errors import raised_here
-from cluster.wanted import Wanted
 from tests.random_checkpoint import Shape
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.families import FAMILY_NAMES, FamilyName
 from cluster.isa import choose_isa
-from deployments.engines.bigdl_model import load_model
+from deployments.engines.bigdl.model import load_model
 
 REFERENCE = Path(__file__).parent.parent / "reference" / "agreement"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import httpx
 
-from cluster.manifest import Manifest
-from cluster.node_cache import folder_bytes
+from cluster.artifacts.manifest import Manifest
+from cluster.artifacts.node_cache import folder_bytes
 from cluster.ray_cluster import free_ports
 from tests.integration.processes import Sandbox, sandbox, serving
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.artifacts.manifest import Manifest
 from cluster.errors import ArtifactError, EngineError, InvalidRequestError
 from cluster.families import FAMILY_NAMES, FamilyName
 from cluster.isa import available_cores, choose_isa
-from cluster.manifest import Manifest
 from deployments.engines.base import SamplingParams, Token, TokenRequest
-from deployments.engines.bigdl import BigdlEngine
+from deployments.engines.bigdl.engine import BigdlEngine
 from tests.integration.slow_mask import SlowMask
 
 Artifact = Callable[[FamilyName], Path]
@@ -218,7 +218,7 @@ def test_a_binary_that_does_not_fit_the_manifest_is_refused(demo_artifact: Artif
 def test_loading_says_nothing_and_maps_the_file(demo_artifact: Artifact) -> None:
     code = f"""
 from pathlib import Path
-from deployments.engines.bigdl import BigdlEngine
+from deployments.engines.bigdl.engine import BigdlEngine
 import sys
 engine = BigdlEngine(Path({str(demo_artifact("llama"))!r}), 1, 64)
 maps = Path("/proc/self/maps").read_text()
@@ -234,7 +234,7 @@ def test_the_librarys_threads_run_on_the_engines_cores(demo_artifact: Artifact) 
 import asyncio, os
 from pathlib import Path
 from deployments.engines.base import TokenRequest
-from deployments.engines.bigdl import BigdlEngine
+from deployments.engines.bigdl.engine import BigdlEngine
 core = max(os.sched_getaffinity(0))
 before = set(os.listdir("/proc/self/task"))
 engine = BigdlEngine(Path({str(demo_artifact("bloom"))!r}), 1, 64, cores=[core])

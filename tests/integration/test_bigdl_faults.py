@@ -15,7 +15,7 @@ import pytest
 
 from cluster.families import FAMILY_NAMES, FamilyName
 from cluster.isa import choose_isa
-from deployments.engines.bigdl_model import load_model
+from deployments.engines.bigdl.model import load_model
 from tests.conftest import convert_here
 from tests.random_checkpoint import Shape, write_random_checkpoint
 
@@ -26,8 +26,8 @@ import ctypes, os, sys
 from pathlib import Path
 import numpy as np
 from cluster.isa import choose_isa
-from cluster.manifest import Manifest
-from deployments.engines.bigdl_library import load_native
+from cluster.artifacts.manifest import Manifest
+from deployments.engines.bigdl.library import load_native
 folder, context = Path(sys.argv[1]), int(sys.argv[2])
 manifest = Manifest.read(folder)
 native = load_native(folder / manifest.binary, manifest.family, choose_isa(), 1, context, True)

@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from cluster.artifacts.manifest import Manifest, Quantization
 from cluster.families import FAMILY_NAMES, FamilyName
 from cluster.isa import REQUIRED_FLAGS, Isa, choose_isa, cpu_flags
-from cluster.manifest import Manifest, Quantization
-from deployments.engines import mapped_tensors
-from deployments.engines.bigdl import BigdlEngine
-from deployments.engines.bigdl_library import load_native
-from deployments.engines.bigdl_model import CachedModel, load_model
+from deployments.engines.bigdl import mapped_tensors
+from deployments.engines.bigdl.engine import BigdlEngine
+from deployments.engines.bigdl.library import load_native
+from deployments.engines.bigdl.model import CachedModel, load_model
 from tests.conftest import DEMOS, convert_here
 from tests.integration.test_bigdl_engine import CONTEXT, Artifact, ids
 

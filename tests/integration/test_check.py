@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.artifacts.manifest import MANIFEST_FILE, Manifest, TensorEntry
 from cluster.families import FAMILY_NAMES, FamilyName
-from cluster.manifest import MANIFEST_FILE, Manifest, TensorEntry
 
 Artifact = Callable[[FamilyName], Path]
 

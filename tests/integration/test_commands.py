@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.artifacts.manifest import Manifest
+from cluster.checkpoints.sources import builtin_checkpoint
 from cluster.families import FAMILIES, FAMILY_NAMES, FamilyName
-from cluster.manifest import Manifest
-from cluster.sources import builtin_checkpoint
 from tests.integration.processes import Sandbox, Served, sandbox
 from tests.random_checkpoint import OPENVINO_SHAPES, write_lively_weights, write_random_checkpoint
 

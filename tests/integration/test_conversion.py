@@ -9,10 +9,10 @@ import pytest
 import ray
 
 from cluster.artifact_store import fetch_published, store_handle
+from cluster.artifacts.manifest import MANIFEST_FILE, Manifest
+from cluster.artifacts.node_cache import NodeCache
+from cluster.conversion.steps import run_check
 from cluster.errors import CheckpointError, ConversionError
-from cluster.manifest import MANIFEST_FILE, Manifest
-from cluster.node_cache import NodeCache
-from cluster.steps import run_check
 from tests.integration.converting import artifacts, ensure, small_bloom, wanted
 from tests.random_checkpoint import write_random_checkpoint
 

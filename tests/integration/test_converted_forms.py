@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.checkpoints.weights import WeightsReader, weight_sources
+from cluster.conversion.layouts import LAYOUTS
 from cluster.families import FAMILY_NAMES, FamilyName
 from cluster.isa import choose_isa
-from cluster.layouts import LAYOUTS
-from cluster.weights import WeightsReader, weight_sources
 from deployments.engines.base import SamplingParams, TokenRequest
-from deployments.engines.bigdl import BigdlEngine
-from deployments.engines.bigdl_library import Logits
-from deployments.engines.bigdl_model import load_model
+from deployments.engines.bigdl.engine import BigdlEngine
+from deployments.engines.bigdl.library import Logits
+from deployments.engines.bigdl.model import load_model
 from tests.conftest import DEMOS, convert_here
 from tests.random_checkpoint import write_weights
 

@@ -12,10 +12,10 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.conversion import shard_task
-from cluster.manifest import Manifest
-from cluster.plan import ConversionPlan, plan_conversion
-from cluster.shard import convert_shard
+from cluster.artifacts.manifest import Manifest
+from cluster.conversion.plan import ConversionPlan, plan_conversion
+from cluster.conversion.shard import convert_shard
+from cluster.conversion_tasks import shard_task
 from tests.hub_lookalike import HubLookalike
 from tests.integration.converting import ensure
 from tests.integration.processes import sandbox

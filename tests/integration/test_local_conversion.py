@@ -17,16 +17,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from cluster.artifacts.digests import file_sha256
+from cluster.artifacts.manifest import MANIFEST_FILE, Manifest
+from cluster.artifacts.node_cache import NodeCache
+from cluster.checkpoints.weights import weight_sources
 from cluster.config import ArtifactsConfig
-from cluster.digests import file_sha256
+from cluster.conversion.local import convert_to_cache, convert_to_folder
+from cluster.conversion.wanted import Wanted
 from cluster.display import ConversionDisplay
 from cluster.errors import CheckpointError, ConversionError
 from cluster.families import FAMILY_NAMES, FamilyName
-from cluster.local_conversion import convert_to_cache, convert_to_folder
-from cluster.manifest import MANIFEST_FILE, Manifest
-from cluster.node_cache import NodeCache
-from cluster.wanted import Wanted
-from cluster.weights import weight_sources
 from tests.hub_lookalike import HubLookalike
 from tests.integration.converting import artifacts, small_bloom, wanted
 from tests.integration.processes import NIBBLE, ROOT, Sandbox, sandbox
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_leaves_nothing(tmp_path: Path) -> None:
 def test_an_artifact_that_the_check_refuses_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = write_random_checkpoint(tmp_path / "model", small_bloom(seed=45))
     refusing = (sys.executable, "-c", "import sys; sys.exit('no good')")
-    monkeypatch.setattr("cluster.steps.CHECK_COMMAND", refusing)
+    monkeypatch.setattr("cluster.conversion.steps.CHECK_COMMAND", refusing)
     with pytest.raises(ConversionError, match="ended with 1 and said: no good"):
         to_folder(wanted(checkpoint), artifacts(tmp_path / "cache"), tmp_path / "out" / "int4")
     assert list((tmp_path / "out").iterdir()) == []

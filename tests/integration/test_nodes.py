@@ -12,12 +12,12 @@ import ray
 from ray.cluster_utils import Cluster
 
 from cluster.artifact_store import store_handle
+from cluster.artifacts.node_cache import NodeCache
 from cluster.config import ArtifactsConfig
+from cluster.conversion.plan import plan_conversion
+from cluster.conversion.shard import convert_shard
 from cluster.display import ConversionProgress
-from cluster.node_cache import NodeCache
-from cluster.plan import plan_conversion
 from cluster.restoring import on_node
-from cluster.shard import convert_shard
 from tests.integration.converting import wanted
 from tests.integration.processes import sandbox
 from tests.random_checkpoint import Shape, write_random_checkpoint

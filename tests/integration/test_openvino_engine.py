@@ -19,14 +19,14 @@ from cluster.config import DraftConfig, OpenvinoConfig
 from cluster.errors import EngineError, InvalidRequestError
 from cluster.families import FAMILY_NAMES, FamilyName
 from cluster.isa import available_cores, cpu_flags
-from deployments.engines import openvino
 from deployments.engines.base import SamplingParams, Token, TokenRequest
-from deployments.engines.draft_model import DraftModel
-from deployments.engines.openvino import OpenvinoEngine
-from deployments.engines.paged_cache import BLOCK_TOKENS
-from deployments.engines.paged_model import PagedModel
-from deployments.engines.q4_layout import wants_tiles
-from deployments.engines.q4_threads import THREAD_NAME
+from deployments.engines.openvino import engine as openvino
+from deployments.engines.openvino.draft_model import DraftModel
+from deployments.engines.openvino.engine import OpenvinoEngine
+from deployments.engines.openvino.paged_cache import BLOCK_TOKENS
+from deployments.engines.openvino.paged_model import PagedModel
+from deployments.engines.products.layout import wants_tiles
+from deployments.engines.products.threads import THREAD_NAME
 from tests.integration.slow_mask import SlowMask
 
 Artifact = Callable[[FamilyName], Path]
@@ -395,7 +395,7 @@ from dataclasses import replace
 from pathlib import Path
 from cluster.config import OpenvinoConfig
 from deployments.engines.base import TokenRequest
-from deployments.engines.openvino import OpenvinoEngine
+from deployments.engines.openvino.engine import OpenvinoEngine
 core = max(os.sched_getaffinity(0))
 before = set(os.listdir("/proc/self/task"))
 engine = OpenvinoEngine(Path({str(demo_artifact("bloom"))!r}), 1, 64, 2, OpenvinoConfig(), cores=[core])

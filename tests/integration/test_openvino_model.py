@@ -14,24 +14,29 @@ import openvino as ov
 import pytest
 from openvino import opset13 as op
 
-from cluster import verified
-from cluster.checkpoint import read_config
+from cluster.artifacts import verified
+from cluster.artifacts.manifest import Manifest, Quantization
+from cluster.checkpoints.folder import read_config
+from cluster.checkpoints.hyperparameters import read_hyperparameters
+from cluster.conversion.layouts import output_rows, tensor_rules
 from cluster.families import FAMILY_NAMES, FamilyName
-from cluster.hyperparameters import read_hyperparameters
 from cluster.isa import cpu_flags
-from cluster.layouts import output_rows, tensor_rules
-from cluster.manifest import Manifest, Quantization
 from deployments.engines.base import Logits
 from deployments.engines.ggml_blocks import dequantize
-from deployments.engines.openvino_check import check_openvino
-from deployments.engines.openvino_probe import EXACT, candidates, choose_settings
-from deployments.engines.openvino_recipes import recipe
-from deployments.engines.openvino_weights import DERIVED_VERSION, DerivedWeights, QuantizedMatrix, derived_weights
-from deployments.engines.paged_cache import BLOCK_TOKENS
-from deployments.engines.paged_model import PagedModel, Settings, Work
-from deployments.engines.q4_layout import PRODUCT_FLAGS, wants_tiles
-from deployments.engines.q4_product import Q4Product
-from deployments.engines.q4_threads import Q4Threads
+from deployments.engines.openvino.derived_weights import (
+    DERIVED_VERSION,
+    DerivedWeights,
+    QuantizedMatrix,
+    derived_weights,
+)
+from deployments.engines.openvino.paged_cache import BLOCK_TOKENS
+from deployments.engines.openvino.paged_model import PagedModel, Settings, Work
+from deployments.engines.openvino.probe import EXACT, candidates, choose_settings
+from deployments.engines.openvino.recipes import recipe
+from deployments.engines.openvino.self_check import check_openvino
+from deployments.engines.products.layout import PRODUCT_FLAGS, wants_tiles
+from deployments.engines.products.operation import Q4Product
+from deployments.engines.products.threads import Q4Threads
 from tests.conftest import convert_here
 from tests.random_checkpoint import (
     OPENVINO_SHAPES,
@@ -308,7 +313,7 @@ def test_settings_are_chosen_by_trying_them_or_by_asking_for_precision(random_ar
 
 
 def test_openvino_never_frees_an_operation_of_python() -> None:
-    """Where this fails, OpenVINO has mended it, and Q4Threads need no `end`: see q4_product.py."""
+    """Where this fails, OpenVINO has mended it, and Q4Threads need no `end`: see operation.py."""
     operation = Q4Product([op.parameter([-1, 64], ov.Type.f32).output(0)], 0, 16, Q4Threads(1))
     alive = weakref.ref(operation)
     del operation

@@ -18,10 +18,10 @@ import pytest
 import ray
 
 from cluster.artifact_store import TASKS_AT_ONCE, Published, fetch_artifact, fetch_published, store_handle
+from cluster.artifacts.digests import file_sha256
+from cluster.artifacts.node_cache import NodeCache
+from cluster.artifacts.verified import mark_verified, stamp_file
 from cluster.config import ArtifactsConfig
-from cluster.digests import file_sha256
-from cluster.node_cache import NodeCache
-from cluster.verified import mark_verified, stamp_file
 from tests.integration.converting import artifacts, ensure, small_bloom, wanted
 from tests.integration.processes import NIBBLE, ROOT, Sandbox
 from tests.random_checkpoint import Shape, write_random_checkpoint

@@ -10,17 +10,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from cluster.artifacts.ggml import BLOCK_WEIGHTS
+from cluster.artifacts.manifest import Manifest
 from cluster.errors import EngineError, InvalidRequestError
 from cluster.families import FAMILY_NAMES, FamilyName
-from cluster.ggml import BLOCK_WEIGHTS
 from cluster.isa import choose_isa
-from cluster.manifest import Manifest
 from deployments.engines.base import Logits, SamplingParams, Token, TokenRequest
-from deployments.engines.bigdl import BigdlEngine
-from deployments.engines.bigdl_model import BLOCK, OUTPUT_TENSORS, PrefillCancelledError, load_model
+from deployments.engines.bigdl.engine import BigdlEngine
+from deployments.engines.bigdl.model import BLOCK, OUTPUT_TENSORS, PrefillCancelledError, load_model
 from deployments.engines.check import relative_rms
 from deployments.engines.ggml_blocks import BLOCKS
-from deployments.text import Tokenizer
+from deployments.generation.text import Tokenizer
 
 Artifact = Callable[[FamilyName], Path]
 CONTEXT = 160

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.config import load_config
 from cluster.isa import available_cores
-from deployments.splits import splits
+from deployments.engines.splits import splits
 from tests.integration.processes import sandbox
 
 

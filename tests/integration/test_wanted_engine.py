@@ -10,14 +10,14 @@ import pytest
 import ray
 
 from cluster.artifact_store import Published, store_handle
+from cluster.artifacts.durable import DurableCopy
+from cluster.artifacts.manifest import MANIFEST_FILE, ChunkEntry, Manifest
 from cluster.config import ModelConfig
+from cluster.conversion.wanted import Wanted, wanted_artifacts
 from cluster.display import describe
-from cluster.durable import DurableCopy
 from cluster.errors import CheckpointError
 from cluster.families import EngineName
-from cluster.manifest import MANIFEST_FILE, ChunkEntry, Manifest
 from cluster.ray_errors import raised_here
-from cluster.wanted import Wanted, wanted_artifacts
 from tests.conftest import convert_here
 from tests.integration.converting import artifacts
 from tests.random_checkpoint import OPENVINO_SHAPES, write_lively_weights, write_random_checkpoint

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from cluster.artifacts.ggml import data_bytes
+from cluster.checkpoints.hyperparameters import read_hyperparameters
+from cluster.checkpoints.sources import DEMOS
+from cluster.checkpoints.weights import WeightsReader, weight_sources
+from cluster.conversion.layouts import LAYOUTS, base_name, tensor_rules
+from cluster.conversion.quantize import Quantizer
 from cluster.families import FAMILY_NAMES, FamilyName
-from cluster.ggml import data_bytes
-from cluster.hyperparameters import read_hyperparameters
-from cluster.layouts import LAYOUTS, base_name, tensor_rules
-from cluster.quantize import Quantizer
-from cluster.sources import DEMOS
-from cluster.weights import WeightsReader, weight_sources
 from deployments.engines.ggml_blocks import dequantize
 from tests.random_checkpoint import (
     OPENVINO_SHAPES,

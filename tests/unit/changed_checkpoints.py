@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster.weights import WeightsReader, weight_sources
+from cluster.checkpoints.weights import WeightsReader, weight_sources
 from tests.random_checkpoint import write_weights
 
 

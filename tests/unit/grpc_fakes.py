@@ -10,12 +10,12 @@ import grpc
 import pytest
 
 from cluster.config import AuthConfig, LimitsConfig, LoggingConfig
-from deployments.access import Access
-from deployments.calls import Calls
-from deployments.grpc_api import GrpcApi
-from deployments.grpc_calls import StreamFailedError
-from deployments.kserve_api import KserveApi
-from deployments.router import Router
+from deployments.api.access import Access
+from deployments.api.calls import Calls
+from deployments.api.grpc_api import GrpcApi
+from deployments.api.grpc_calls import StreamFailedError
+from deployments.api.kserve_api import KserveApi
+from deployments.routing.router import Router
 from protos import inference_pb2 as pb
 from tests.unit.fakes import EchoModel
 

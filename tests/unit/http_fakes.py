@@ -9,10 +9,10 @@ from ray.serve._private.http_util import RequestIdMiddleware
 from starlette.testclient import TestClient
 
 from cluster.config import AuthConfig, LimitsConfig, LoggingConfig
-from deployments.access import Access
-from deployments.calls import Calls
-from deployments.http_api import build_http_api
-from deployments.router import Router
+from deployments.api.access import Access
+from deployments.api.calls import Calls
+from deployments.api.http_api import build_http_api
+from deployments.routing.router import Router
 from tests.unit.fakes import EchoModel
 
 CHAT = {"model": "echo", "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi you"}]}

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub.utils import close_session
 
-from cluster.checkpoint import checkpoint_digest
-from cluster.plan import ConversionPlan, plan_conversion
-from cluster.shard import convert_shard
-from cluster.sources import open_source
+from cluster.checkpoints.folder import checkpoint_digest
+from cluster.checkpoints.sources import open_source
+from cluster.conversion.plan import ConversionPlan, plan_conversion
+from cluster.conversion.shard import convert_shard
 from tests.hub_lookalike import HubLookalike
 from tests.random_checkpoint import Shape
 

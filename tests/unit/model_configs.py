@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cluster.checkpoints.hyperparameters import Hyperparameters, read_hyperparameters
 from cluster.families import FamilyName
-from cluster.hyperparameters import Hyperparameters, read_hyperparameters
 
 CONFIGS: dict[FamilyName, dict[str, Any]] = {
     "llama": {

@@ -11,8 +11,8 @@ from typing import Any
 import jsonschema
 from llguidance import LLMatcher, LLTokenizer
 
-from deployments.grammar import LIMITS, with_style
-from deployments.json_schema import rewritten
+from deployments.generation.grammar import LIMITS, with_style
+from deployments.generation.json_schema import rewritten
 
 _BYTES = LLTokenizer("byte")
 SOON = 120  # bytes after which what closes values is preferred
