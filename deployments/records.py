@@ -3,10 +3,57 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from deployments.engines.base import FinishReason, SamplingParams
-from deployments.generation.chat import Conversation
-from deployments.generation.grammar import Grammar
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one next token is drawn from the logits.
+
+    temperature 0 is greedy (the other filters then have no effect but biases and penalties still do); top_k 0, top_p 1
+    and min_p 0 are off; min_p is a fraction of the most likely token's probability. Penalties are as OpenAI (frequency,
+    presence) and Hugging Face (repetition) define them. `logit_bias`: pairs of a token id and what is added to its
+    logit. Before `min_tokens` new tokens no token ends the text. The draw for the token at absolute position p is a
+    function of (seed, p) alone, so that another replica can take over a sequence.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    seed: int = 0
+
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Message:
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    messages: tuple[Message, ...]  # at least one
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """`text`: a JSON schema as JSON (kind json_schema; `{"type": "object"}` for any JSON object), or a grammar in
+    Lark's or GBNF's syntax (kind grammar). `field` names the request's field that it came from, for errors."""
+
+    kind: Literal["json_schema", "grammar"]
+    text: str
+    field: str
+
 
 Prompt = str | tuple[int, ...] | Conversation
 

@@ -18,10 +18,9 @@ from cluster.isa import available_cores, available_memory, cpu_flags
 from deployments.cores import CoreClaim, claim_cores
 from deployments.engines.loading import load_engine
 from deployments.engines.needs import ADVICE, gib, read_artifact, replica_needs
-from deployments.generation.chat import Conversation
 from deployments.generation.generation import embed_text, generate_text
 from deployments.generation.text import Tokenizer
-from deployments.records import GenerationChunk, GenerationRequest, Prompt
+from deployments.records import Conversation, GenerationChunk, GenerationRequest, Prompt
 
 
 def own_cores(folder: Path, threads: int) -> CoreClaim | None:

@@ -2,7 +2,7 @@
 
 Only headers are read to plan; rows are read one range at a time, so that memory is bounded by the caller's range. A
 `TensorSource` is all a conversion task needs to read one tensor: raw little-endian numbers at an offset of a file.
-Nothing in a weights file is executed, not the pickle in a pytorch_model.bin either (`cluster.checkpoints.torch_weights`). Of
+Nothing in a weights file is executed, not the pickle in a pytorch_model.bin either (`torch_weights.py`). Of
 safetensors, what the safetensors library refuses is refused here as well.
 """
 

@@ -24,11 +24,11 @@ from cluster.errors import ConfigError
 from cluster.families import FamilyName
 from cluster.isa import available_cores
 from deployments.api.openai_objects import CompletionObject, completion_object, usage_object
-from deployments.engines.base import SamplingParams, TokenRequest
+from deployments.engines.base import TokenRequest
 from deployments.engines.bigdl.engine import BigdlEngine
 from deployments.generation.generation import generate_text
 from deployments.generation.text import Tokenizer
-from deployments.records import GenerationRequest
+from deployments.records import GenerationRequest, SamplingParams
 from deployments.routing.router import Completion, joined
 
 MAX_TOKENS = 32  # n_predict of the reference example

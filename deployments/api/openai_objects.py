@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from typing_extensions import NotRequired, TypedDict
 
-from deployments.engines.base import FinishReason
-from deployments.records import LoggedToken
+from deployments.records import FinishReason, LoggedToken
 from deployments.routing.router import Completion, ModelCard
 
 

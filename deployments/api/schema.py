@@ -16,10 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from cluster.config import LimitsConfig
 from cluster.errors import InvalidRequestError
-from deployments.engines.base import SamplingParams
-from deployments.generation.chat import Conversation, Message
-from deployments.generation.grammar import Grammar
-from deployments.records import GenerationRequest, Prompt
+from deployments.records import Conversation, GenerationRequest, Grammar, Message, Prompt, SamplingParams
 
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256

@@ -5,36 +5,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from deployments.records import FinishReason, SamplingParams
+
 Logits = npt.NDArray[np.float32]
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one next token is drawn from the logits.
-
-    temperature 0 is greedy (the other filters then have no effect but biases and penalties still do); top_k 0, top_p 1
-    and min_p 0 are off; min_p is a fraction of the most likely token's probability. Penalties are as OpenAI (frequency,
-    presence) and Hugging Face (repetition) define them. `logit_bias`: pairs of a token id and what is added to its
-    logit. Before `min_tokens` new tokens no token ends the text. The draw for the token at absolute position p is a
-    function of (seed, p) alone, so that another replica can take over a sequence.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    min_tokens: int = 0
-    seed: int = 0
 
 
 class TokenMask(Protocol):

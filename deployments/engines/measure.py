@@ -20,8 +20,9 @@ from statistics import median
 
 from cluster.artifacts.manifest import Record
 from cluster.config import ModelConfig
-from deployments.engines.base import Engine, SamplingParams, TokenRequest
+from deployments.engines.base import Engine, TokenRequest
 from deployments.engines.loading import load_engine
+from deployments.records import SamplingParams
 
 
 class Load(Record):

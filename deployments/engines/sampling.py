@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from deployments.engines.base import Logits, SamplingParams, TokenMask
+from deployments.engines.base import Logits, TokenMask
+from deployments.records import SamplingParams
 
 Ids = npt.NDArray[np.int64]
 

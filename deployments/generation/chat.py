@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from jinja2 import TemplateError
 
 from cluster.errors import InvalidRequestError
 from cluster.families import FamilyName, fitting_family
-
-Role = Literal["system", "user", "assistant"]
-
-
-@dataclass(frozen=True)
-class Message:
-    role: Role
-    content: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    messages: tuple[Message, ...]  # at least one
+from deployments.records import Conversation
 
 
 class Transcript(NamedTuple):

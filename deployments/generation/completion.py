@@ -11,9 +11,9 @@ import codecs
 from collections.abc import Sequence
 from itertools import takewhile
 
-from deployments.engines.base import FinishReason, Token
+from deployments.engines.base import Token
 from deployments.generation.text import IncrementalDetokenizer, TextStream, Tokenizer
-from deployments.records import GenerationChunk, GenerationRequest, LoggedToken, Progress
+from deployments.records import FinishReason, GenerationChunk, GenerationRequest, LoggedToken, Progress
 
 
 class CompletionState:

@@ -8,10 +8,9 @@ from contextlib import aclosing
 
 from cluster.errors import InvalidRequestError
 from deployments.engines.base import Engine, TokenRequest
-from deployments.generation.chat import Conversation
 from deployments.generation.completion import CompletionState
 from deployments.generation.text import Tokenizer
-from deployments.records import GenerationChunk, GenerationRequest, Prompt
+from deployments.records import Conversation, GenerationChunk, GenerationRequest, Prompt
 
 
 async def generate_text(

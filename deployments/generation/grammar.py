@@ -7,8 +7,7 @@ import json
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ from cluster.errors import InvalidRequestError
 from deployments.engines.base import Logits, TokenMask
 from deployments.generation.json_schema import Rewritten, rewritten, strings
 from deployments.generation.json_schema.strings import ESCAPES, said
+from deployments.records import Grammar
 
 # A client writes schemas and grammars: what llguidance may spend on one is bounded, in all and for each token. The most
 # expensive texts within these bounds take about a second to compile and some tens of megabytes.
@@ -49,16 +49,6 @@ JSON_STYLE = {
 JSON_START = 'start: " "? @value'
 
 _STACK_SIZE_LOCK = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Grammar:
-    """`text`: a JSON schema as JSON (kind json_schema; `{"type": "object"}` for any JSON object), or a grammar in
-    Lark's or GBNF's syntax (kind grammar). `field` names the request's field that it came from, for errors."""
-
-    kind: Literal["json_schema", "grammar"]
-    text: str
-    field: str
 
 
 class GrammarCompiler:

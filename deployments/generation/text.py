@@ -13,8 +13,9 @@ from cluster.checkpoints.tokenizer_config import read_optional, read_tokenizer_c
 from cluster.checkpoints.tokenizer_files import end_tokens, load_tokenizer
 from cluster.errors import ArtifactError, CheckpointError, EngineError, InvalidRequestError
 from deployments.engines.base import TokenMask
-from deployments.generation.chat import ChatTemplate, Conversation
-from deployments.generation.grammar import Grammar, GrammarCompiler
+from deployments.generation.chat import ChatTemplate
+from deployments.generation.grammar import GrammarCompiler
+from deployments.records import Conversation, Grammar
 
 
 class Tokenizer:

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
-from deployments.engines.base import SamplingParams
-from deployments.records import GenerationRequest
+from deployments.records import GenerationRequest, SamplingParams
 from deployments.routing.router import ServedModel
 
 

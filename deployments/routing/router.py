@@ -12,9 +12,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from cluster.config import LimitsConfig, ModelConfig
 from cluster.errors import ModelNotFoundError, UnavailableError
-from deployments.engines.base import FinishReason
-from deployments.generation.chat import Conversation
-from deployments.records import GenerationChunk, GenerationRequest, LoggedToken
+from deployments.records import Conversation, FinishReason, GenerationChunk, GenerationRequest, LoggedToken
 
 T = TypeVar("T")
 

@@ -17,8 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.config import ModelConfig
 from cluster.errors import DeadlineError, QueueFullError, UnavailableError
 from cluster.ray_errors import nibble_cause
-from deployments.generation.chat import Conversation
-from deployments.records import GenerationChunk, GenerationRequest
+from deployments.records import Conversation, GenerationChunk, GenerationRequest
 from deployments.routing.greeting import Traffic
 
 logger = logging.getLogger("ray.serve")

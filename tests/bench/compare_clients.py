@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from cluster.bench.records import Failure, Fields, Prompt, Reply
-from deployments.engines.base import Engine, SamplingParams, TokenRequest
+from deployments.engines.base import Engine, TokenRequest
+from deployments.records import SamplingParams
 
 
 class EngineClient:

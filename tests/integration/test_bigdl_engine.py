@@ -17,8 +17,9 @@ from cluster.artifacts.manifest import Manifest
 from cluster.errors import ArtifactError, EngineError, InvalidRequestError
 from cluster.families import FAMILY_NAMES, FamilyName
 from cluster.isa import available_cores, choose_isa
-from deployments.engines.base import SamplingParams, Token, TokenRequest
+from deployments.engines.base import Token, TokenRequest
 from deployments.engines.bigdl.engine import BigdlEngine
+from deployments.records import SamplingParams
 from tests.integration.slow_mask import SlowMask
 
 Artifact = Callable[[FamilyName], Path]

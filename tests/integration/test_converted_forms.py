@@ -20,10 +20,11 @@ from cluster.checkpoints.weights import WeightsReader, weight_sources
 from cluster.conversion.layouts import LAYOUTS
 from cluster.families import FAMILY_NAMES, FamilyName
 from cluster.isa import choose_isa
-from deployments.engines.base import SamplingParams, TokenRequest
+from deployments.engines.base import TokenRequest
 from deployments.engines.bigdl.engine import BigdlEngine
 from deployments.engines.bigdl.library import Logits
 from deployments.engines.bigdl.model import load_model
+from deployments.records import SamplingParams
 from tests.conftest import DEMOS, convert_here
 from tests.random_checkpoint import write_weights
 

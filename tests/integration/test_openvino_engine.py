@@ -19,7 +19,7 @@ from cluster.config import DraftConfig, OpenvinoConfig
 from cluster.errors import EngineError, InvalidRequestError
 from cluster.families import FAMILY_NAMES, FamilyName
 from cluster.isa import available_cores, cpu_flags
-from deployments.engines.base import SamplingParams, Token, TokenRequest
+from deployments.engines.base import Token, TokenRequest
 from deployments.engines.openvino import engine as openvino
 from deployments.engines.openvino.draft_model import DraftModel
 from deployments.engines.openvino.engine import OpenvinoEngine
@@ -27,6 +27,7 @@ from deployments.engines.openvino.paged_cache import BLOCK_TOKENS
 from deployments.engines.openvino.paged_model import PagedModel
 from deployments.engines.products.layout import wants_tiles
 from deployments.engines.products.threads import THREAD_NAME
+from deployments.records import SamplingParams
 from tests.integration.slow_mask import SlowMask
 
 Artifact = Callable[[FamilyName], Path]

@@ -7,8 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from cluster.config import ModelConfig
 from cluster.errors import InvalidRequestError
-from deployments.generation.chat import Conversation
-from deployments.records import GenerationChunk, GenerationRequest, LoggedToken
+from deployments.records import Conversation, GenerationChunk, GenerationRequest, LoggedToken
 
 
 class EchoModel:

@@ -16,12 +16,13 @@ from typing import TypeVar
 from cluster.errors import EngineError
 from cluster.isa import Isa, choose_isa
 from deployments.cores import check_cores
-from deployments.engines.base import FinishReason, Token, TokenRequest
+from deployments.engines.base import Token, TokenRequest
 from deployments.engines.bigdl.model import CachedModel, PrefillCancelledError, load_model
 from deployments.engines.bigdl.timings import Timings
 from deployments.engines.handover import Handover, closed_error
 from deployments.engines.requests import check_request
 from deployments.engines.sampling import Sampler, log_probabilities
+from deployments.records import FinishReason
 
 T = TypeVar("T")
 

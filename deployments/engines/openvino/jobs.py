@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deployments.engines.base import FinishReason, Logits, Token, TokenRequest
+from deployments.engines.base import Logits, Token, TokenRequest
 from deployments.engines.handover import Handover
 from deployments.engines.openvino.scheduler import Piece, Running
 from deployments.engines.sampling import Sampler, log_probabilities
+from deployments.records import FinishReason
 
 Hidden = npt.NDArray[np.float32]
 

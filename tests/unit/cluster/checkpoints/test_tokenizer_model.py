@@ -16,8 +16,8 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from cluster.checkpoints.tokenizer_files import end_tokens, load_tokenizer
 from cluster.errors import CheckpointError
-from deployments.generation.grammar import Grammar
 from deployments.generation.text import IncrementalDetokenizer, Tokenizer
+from deployments.records import Grammar
 from tests.conftest import DEMOS
 from tests.random_tokenizer import MISTRAL_WORDS, sentencepiece_model, tokenizer_files
 

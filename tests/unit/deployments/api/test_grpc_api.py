@@ -8,8 +8,7 @@ from grpc_health.v1 import health_pb2
 
 from cluster.errors import DeadlineError, NibbleError, QueueFullError
 from deployments.api.grpc_api import GrpcApi
-from deployments.generation.chat import Conversation, Message
-from deployments.generation.grammar import Grammar
+from deployments.records import Conversation, Grammar, Message
 from protos import inference_pb2 as pb
 from tests.unit.fakes import EchoModel
 from tests.unit.grpc_fakes import CHAT, Context, api_of, ask, stream

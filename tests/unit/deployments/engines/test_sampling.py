@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.engines.base import SamplingParams
 from deployments.engines.sampling import Sampler, draw, log_probabilities, uniform
+from deployments.records import SamplingParams
 
 Logits = npt.NDArray[np.float32]
 

@@ -8,8 +8,8 @@ import pytest
 
 from cluster.errors import InvalidRequestError
 from cluster.families import FAMILIES, FAMILY_NAMES, FamilyName
-from deployments.generation.chat import Conversation, Message, Role
 from deployments.generation.text import Tokenizer
+from deployments.records import Conversation, Message, Role
 from tests.conftest import DEMOS
 
 TOKENIZERS = {family: Tokenizer(DEMOS / family) for family in FAMILY_NAMES}

@@ -9,12 +9,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from deployments.engines.base import SamplingParams
 from deployments.engines.sampling import Sampler
-from deployments.generation.chat import Conversation, Message
-from deployments.generation.grammar import Grammar
 from deployments.generation.text import Tokenizer
-from deployments.records import GenerationChunk, GenerationRequest, Progress
+from deployments.records import (
+    Conversation,
+    GenerationChunk,
+    GenerationRequest,
+    Grammar,
+    Message,
+    Progress,
+    SamplingParams,
+)
 from tests.conftest import DEMOS
 from tests.unit.deployments.generation.test_generation import (
     BLOOM,

@@ -8,12 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import InvalidRequestError
-from deployments.engines.base import FinishReason, SamplingParams, Token, TokenRequest
-from deployments.generation.chat import Conversation, Message
+from deployments.engines.base import Token, TokenRequest
 from deployments.generation.generation import embed_text, generate_text
-from deployments.generation.grammar import Grammar
 from deployments.generation.text import Tokenizer
-from deployments.records import GenerationChunk, GenerationRequest, LoggedToken, Prompt
+from deployments.records import (
+    Conversation,
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    Grammar,
+    LoggedToken,
+    Message,
+    Prompt,
+    SamplingParams,
+)
 from tests.conftest import DEMOS
 
 LLAMA, BLOOM = Tokenizer(DEMOS / "llama"), Tokenizer(DEMOS / "bloom")

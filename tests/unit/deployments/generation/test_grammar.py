@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from cluster.errors import InvalidRequestError
 from cluster.families import FAMILY_NAMES, FamilyName
 from deployments.engines.base import TokenMask
-from deployments.generation.grammar import Grammar
 from deployments.generation.text import Tokenizer
+from deployments.records import Grammar
 from tests.conftest import DEMOS
 from tests.random_tokenizer import sentencepiece_tokenizer
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import InvalidRequestError
-from deployments.generation.grammar import MAX_CHARACTERS, MAX_GBNF_RULES, Grammar
+from deployments.generation.grammar import MAX_CHARACTERS, MAX_GBNF_RULES
+from deployments.records import Grammar
 from tests.unit.deployments.generation.test_grammar import TOKENIZERS, allowed_by, rules, schema_of
 
 

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import InvalidRequestError
-from deployments.engines.base import SamplingParams
 from deployments.engines.sampling import Sampler
 from deployments.generation.generation import embed_text
 from deployments.generation.text import Tokenizer
+from deployments.records import SamplingParams
 from tests.unit.deployments.generation.test_generation import (
     BLOOM,
     LLAMA,

@@ -10,9 +10,8 @@ import pytest
 from tokenizers import Tokenizer as RawTokenizer
 
 from cluster.errors import EngineError, InvalidRequestError
-from deployments.generation.chat import Conversation, Message
-from deployments.generation.grammar import Grammar
 from deployments.generation.text import IncrementalDetokenizer, Tokenizer
+from deployments.records import Conversation, Grammar, Message
 from tests.random_checkpoint import OPENVINO_SHAPES, write_tokenizer
 from tests.random_tokenizer import SPECIALS, TokenizerKind
 

@@ -10,13 +10,14 @@ import numpy.typing as npt
 import pytest
 
 from cluster.errors import EngineError
-from deployments.engines.base import SamplingParams, Token, TokenRequest
+from deployments.engines.base import Token, TokenRequest
 from deployments.engines.handover import Handover
 from deployments.engines.openvino.batch import Batch
 from deployments.engines.openvino.jobs import EmbedJob, GenerateJob, Job, ScoreJob
 from deployments.engines.openvino.paged_cache import BlockPool
 from deployments.engines.openvino.paged_model import PagedModel, Work
 from deployments.engines.openvino.scheduler import Scheduler
+from deployments.records import SamplingParams
 
 VOCABULARY, CONTEXT, BLOCKS, NEXT = 20, 64, 8, 7
 PROMPT = [1, 2, 3, 4, 5]
