@@ -7,69 +7,26 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import RequestRouterConfig
-from ray.serve.handle import DeploymentHandle
 from rich.console import Console
 
 from cluster.config import ROUTER_NAME, ArtifactsConfig, ModelConfig, NibbleConfig, parse_config
 from cluster.conversion.wanted import Wanted, wanted_artifacts
 from cluster.progress import ensure_artifacts
-from deployments.api.access import Access, load_keys
-from deployments.api.calls import Calls
-from deployments.api.grpc_api import SERVICER_FUNCTIONS, GrpcApi
-from deployments.api.http_api import build_http_api
-from deployments.api.kserve_api import KserveApi
+from deployments.api.access import load_keys
+from deployments.api.grpc_api import SERVICER_FUNCTIONS
 from deployments.engines.loading import ENVIRONMENT
 from deployments.families import FAMILY_DEPLOYMENTS
-from deployments.routing.greeting import FirstAnswer, Traffic, first_answer
+from deployments.ingress import Ingress
 from deployments.routing.request_router import LEAST_BUSY
-from deployments.routing.router import Router
-from deployments.routing.serve_model import ServeModel, watch_readiness
 
-APP_NAME = "nibble"
 # The router writes a line of each request itself, with more in it (`deployments/api/calls.py`); Serve's own two, one of
 # them in the replica, only cost time.
 LOGGING = {"enable_access_log": False}
-
-
-def http_api() -> FastAPI:
-    """Called by Serve inside the router's replica; the ingress exists when the first request asks for it."""
-
-    def ingress() -> Ingress:
-        return serve.get_replica_context().servable_object  # type: ignore[no-any-return]
-
-    return build_http_api(lambda: ingress().router, lambda: ingress().calls)
-
-
-@serve.ingress(http_api)
-class Ingress(GrpcApi, KserveApi):
-    """`config`: its models are those of `handles`, in their order."""
-
-    def __init__(self, config: NibbleConfig, *handles: DeploymentHandle) -> None:
-        lost_replica = asyncio.Event()
-        self._traffic = Traffic()
-        models = [
-            ServeModel(model, handle, lost_replica, self._traffic)
-            for model, handle in zip(config.models, handles, strict=True)
-        ]
-        self.router = Router({model.config.name: model for model in models}, config.limits)
-        self.calls = Calls(Access(config.auth), config.logging)
-        self._configs = list(config.models)
-        self._watch = asyncio.get_running_loop().create_task(watch_readiness(APP_NAME, models, lost_replica))
-
-    async def configs(self) -> list[ModelConfig]:
-        """For `nibble status`: also of the models that have no replica to ask."""
-        return self._configs
-
-    async def first_answer(self, model: str, prompt: str, max_tokens: int) -> FirstAnswer:
-        """For `nibble serve`."""
-        return await first_answer(self.router.model(model), self._traffic, prompt, max_tokens)
 
 
 def scaling(model: ModelConfig) -> dict[str, Any]:

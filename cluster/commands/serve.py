@@ -165,7 +165,8 @@ def local_cpus(config: NibbleConfig, say: Callable[[str], None]) -> int:
 
 def deploy(config: NibbleConfig, wanted: Sequence[Sequence[Wanted]]) -> None:
     """Starts Serve with nibble's ports where it does not run yet, and deploys the application."""
-    from deployments.app import APP_NAME, application, grpc_options
+    from deployments.app import application, grpc_options
+    from deployments.ingress import APP_NAME
 
     serve = ray_serve()
     http = {"host": config.http.host, "port": config.http.port}
@@ -176,7 +177,7 @@ def deploy(config: NibbleConfig, wanted: Sequence[Sequence[Wanted]]) -> None:
 
 def undeploy() -> None:
     """Only nibble's application: Serve may have others in a cluster that was joined."""
-    from deployments.app import APP_NAME
+    from deployments.ingress import APP_NAME
 
     ray_serve().delete(APP_NAME)
 

@@ -85,7 +85,7 @@ async def served_models(deployments: dict[str, Any]) -> list[tuple[ModelConfig, 
 
 
 async def ask(deployment: str, method: str, *arguments: Any, timeout_s: float = PROBE_TIMEOUT_S) -> Any:
-    from deployments.app import APP_NAME
+    from deployments.ingress import APP_NAME
 
     handle = ray_serve().get_deployment_handle(deployment, APP_NAME)
     return await asyncio.wait_for(getattr(handle, method).remote(*arguments), timeout_s)
@@ -101,7 +101,7 @@ def ray_serve() -> Any:
 
 def serve_deployments() -> dict[str, Any]:
     """Serve's view of nibble's deployments by name, empty while the application is not there."""
-    from deployments.app import APP_NAME
+    from deployments.ingress import APP_NAME
 
     application = ray_serve().status().applications.get(APP_NAME)
     return dict(application.deployments) if application else {}

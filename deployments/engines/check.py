@@ -20,7 +20,7 @@ from cluster.artifacts.ggml import BLOCK_WEIGHTS
 from cluster.artifacts.manifest import Manifest, TensorEntry
 from cluster.errors import ArtifactError, NibbleError
 from cluster.isa import choose_isa
-from deployments.engines.base import Logits
+from deployments.engines.agreement import CHECKED_TOKENS, relative_rms
 from deployments.engines.bigdl.model import BLOCK, POSITION_TENSOR, CachedModel, load_model
 from deployments.engines.ggml_blocks import BLOCKS
 from deployments.engines.loading import require_openvino
@@ -28,9 +28,6 @@ from deployments.engines.loading import require_openvino
 # The greatest number that a block's scale is multiplied with.
 GREATEST = {"q4_0": 8, "q8_0": 127}
 SLAB_BYTES = 32 << 20
-
-# Few: evaluating is most of the check's time, and grows with the model. Each token goes through every tensor.
-CHECKED_TOKENS = 4
 
 # Decoding and evaluating a batch round differently: a relative RMS of 0.1 was seen on random 26-layer models. What is
 # computed from the wrong tokens or positions is unrelated: about 1.4.
@@ -114,12 +111,6 @@ def check_logits(model: CachedModel) -> None:
     if not np.array_equal(batch, again):
         raise ArtifactError(f"the same {half} tokens give other logits the second time: the artifact is damaged")
     model.check_integrity()
-
-
-def relative_rms(found: Logits, expected: Logits) -> float:
-    """RMS of the difference over the RMS of what was expected, both around their means (softmax ignores an offset)."""
-    centred = expected - expected.mean()
-    return float(np.sqrt(np.mean((found - found.mean() - centred) ** 2) / max(np.mean(centred**2), 1e-30)))
 
 
 def main() -> int:

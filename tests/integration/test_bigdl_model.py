@@ -8,9 +8,9 @@ import pytest
 from cluster.errors import EngineError, InvalidRequestError
 from cluster.families import FAMILY_NAMES, FamilyName
 from cluster.isa import REQUIRED_FLAGS, choose_isa, cpu_flags
+from deployments.engines.agreement import relative_rms
 from deployments.engines.base import Logits
 from deployments.engines.bigdl.model import BLOCK, CachedModel, PrefillCancelledError, load_model
-from deployments.engines.check import relative_rms
 from tests.integration.test_bigdl_engine import CONTEXT, Artifact, ids
 
 # Float noise between evaluating tokens one by one and as a batch; unrelated logits are at about 1.4.

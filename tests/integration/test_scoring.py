@@ -15,10 +15,10 @@ from cluster.artifacts.manifest import Manifest
 from cluster.errors import EngineError, InvalidRequestError
 from cluster.families import FAMILY_NAMES, FamilyName
 from cluster.isa import choose_isa
+from deployments.engines.agreement import relative_rms
 from deployments.engines.base import Logits, Token, TokenRequest
 from deployments.engines.bigdl.engine import BigdlEngine
 from deployments.engines.bigdl.model import BLOCK, OUTPUT_TENSORS, PrefillCancelledError, load_model
-from deployments.engines.check import relative_rms
 from deployments.engines.ggml_blocks import BLOCKS
 from deployments.generation.text import Tokenizer
 from deployments.records import SamplingParams

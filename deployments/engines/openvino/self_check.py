@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.errors import ArtifactError
-from deployments.engines.check import CHECKED_TOKENS, relative_rms
+from deployments.engines.agreement import CHECKED_TOKENS, relative_rms
 from deployments.engines.openvino.derived_weights import derived_weights
 from deployments.engines.openvino.paged_model import PagedModel, Work
 from deployments.engines.openvino.probe import EXACT
