@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ADDRESS ?=
 CONFIG ?=
 
-.PHONY: run test check format protos lock clean
+.PHONY: run test test-unit check format protos lock clean
 
 run: $(VENV)/installed
 	@exec $(BIN)/nibble serve $(CONFIG) $(if $(ADDRESS),--address $(ADDRESS))
@@ -13,12 +13,17 @@ run: $(VENV)/installed
 test: $(VENV)/installed-dev check
 	$(BIN)/python -m pytest
 
+# No process is started, no port is bound beyond this one's: a few minutes.
+test-unit: $(VENV)/installed-dev
+	$(BIN)/python -m pytest tests/unit
+
 # Format, lint, types, the direction of imports and fresh stubs: the same for people and CI.
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m tests.check_layout
+	$(BIN)/lint-imports
+	$(BIN)/python -m tests.check_stubs
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
