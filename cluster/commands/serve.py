@@ -40,6 +40,8 @@ POLL_S = 0.5
 ANSWER_TIMEOUT_S = 30
 FIRST_ANSWER_TOKENS = 12  # enough to see that it speaks: 64 take half a minute at 7 billion weights
 FIRST_ANSWER_TIMEOUT_S = 120
+# Between lines about a model whose state does not change.
+FIRST_REPEAT_S, LAST_REPEAT_S = 15, 60
 
 
 def serve(
@@ -182,9 +184,30 @@ def undeploy() -> None:
     ray_serve().delete(APP_NAME)
 
 
+class StateLines:
+    """What is said of models that start: each change of a model's state, and, while it is not ready, the same once more
+    with the time, at intervals that double up to a minute. A replica of 7 billion weights takes minutes."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._states: dict[str, str] = {}
+        self._began: dict[str, float] = {}  # by model, when it was first shown
+        self._due: dict[str, float] = {}
+
+    def show(self, model: str, state: str, ready: bool, now: float) -> None:
+        """`now` in seconds."""
+        began = self._began.setdefault(model, now)
+        if self._states.get(model) != state:
+            self._say(f"{model}: {state}")
+            self._states[model], self._due[model] = state, now + FIRST_REPEAT_S
+        elif not ready and now >= self._due[model]:
+            self._say(f"{model}: {state} ({now - began:.0f} s)")
+            self._due[model] = now + min(now - began, LAST_REPEAT_S)
+
+
 def wait_ready(config: NibbleConfig, say: Callable[[str], None]) -> None:
     """Until every model has its smallest number of replicas; says each change, what does not fit included."""
-    said: dict[str, str] = {}
+    lines = StateLines(say)
     waiting = {model.name for model in config.models}
     while waiting:
         deployments, waiting_for_cpus = serve_deployments(), waiting_cpus()
@@ -194,12 +217,11 @@ def wait_ready(config: NibbleConfig, say: Callable[[str], None]) -> None:
                 continue
             if status.status == "DEPLOY_FAILED":
                 raise NibbleError(f"{model.name}: its replicas fail to start: {status.message}")
-            if running(status) >= model.replicas.min:
+            ready = running(status) >= model.replicas.min
+            if ready:
                 waiting.discard(model.name)
-            line = f"{model.name}: {deployment_state(status, model.threads, waiting_for_cpus)}"
-            if said.get(model.name) != line:
-                say(line)
-                said[model.name] = line
+            state = deployment_state(status, model.threads, waiting_for_cpus)
+            lines.show(model.name, state, ready, time.monotonic())
         time.sleep(POLL_S)
 
 

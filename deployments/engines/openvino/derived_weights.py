@@ -77,6 +77,8 @@ class DerivedWeights:
         # OpenVINO shares memory only with arrays that could be written to; a write would copy the page.
         with binary.open("rb") as file:
             self._mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        # Read ahead: the first step would otherwise take a cold file from the disk page by page.
+        self._mapping.madvise(mmap.MADV_WILLNEED)
         self._data = np.frombuffer(self._mapping, np.uint8)
         self._tensors = index.tensors
         self.in_tiles = any(tensor.type == "tiles" for tensor in index.tensors.values())

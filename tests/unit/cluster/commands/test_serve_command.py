@@ -114,3 +114,14 @@ def test_with_keys_the_lines_to_copy_carry_one_and_no_model_is_asked(
     assert '/v1/completions -H "Authorization: Bearer $NIBBLE_API_KEY" -H' in said
     assert "NIBBLE_API_KEY=… nibble generate llama" in said
     assert "no first answers" in said
+
+
+def test_a_model_that_takes_long_to_start_is_spoken_of_at_growing_intervals() -> None:
+    said: list[str] = []
+    lines = serve.StateLines(said.append)
+    for second in range(200):
+        lines.show("llama", "1 starting", ready=False, now=1000 + second)
+    assert said == ["llama: 1 starting", *(f"llama: 1 starting ({seconds} s)" for seconds in (15, 30, 60, 120, 180))]
+    lines.show("llama", "1 running", ready=True, now=1200)
+    lines.show("llama", "1 running", ready=True, now=1300)
+    assert said[-1] == "llama: 1 running"
