@@ -95,8 +95,16 @@ def ray_serve() -> Any:
     """The module `ray.serve`, without the INFO lines that it logs on the driver's stderr from its import on."""
     from ray import serve
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logger = logging.getLogger("ray.serve")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(concerns_the_user)  # once, however often it is added
     return serve
+
+
+def concerns_the_user(record: logging.LogRecord) -> bool:
+    """False for Serve's error that the event loop of a handle has ended: here each loop lives for a few questions, and
+    needs no news of replicas afterwards (ray.serve._private.long_poll, Ray 2.60)."""
+    return "LongPollClient" not in record.getMessage()
 
 
 def serve_deployments() -> dict[str, Any]:
