@@ -30,12 +30,11 @@ def test_only_what_concerns_the_user_is_said_by_serve_s_logger(caplog: pytest.Lo
     ray_serve()
     ray_serve()
     logger = logging.getLogger("ray.serve")
-    with caplog.at_level(logging.WARNING, logger):
-        logger.addHandler(caplog.handler)
-        try:
-            logger.error("LongPollClient 'AsyncioRouter' has been disabled: Bound asyncio event loop is not running")
-            logger.info("Started")
-            logger.error("a replica failed")
-        finally:
-            logger.removeHandler(caplog.handler)
+    logger.addHandler(caplog.handler)
+    try:
+        logger.error("LongPollClient 'AsyncioRouter' has been disabled: Bound asyncio event loop is not running")
+        logger.info("Started")
+        logger.error("a replica failed")
+    finally:
+        logger.removeHandler(caplog.handler)
     assert {record.getMessage() for record in caplog.records} == {"a replica failed"}
