@@ -169,7 +169,7 @@ def test_a_download_whose_process_was_killed_is_taken_up(hub: HubLookalike, tmp_
     commit = hub.add("org/model", folder)
     program = (
         "import os, signal, sys, huggingface_hub.constants as constants\n"
-        "from cluster import hub, hub_download\n"
+        "from cluster.checkpoints import hub, hub_download\n"
         "constants.DOWNLOAD_CHUNK_SIZE = 20_000\n"
         "class Dying(hub_download.HashingFile):\n"
         "    def write(self, data):\n"
