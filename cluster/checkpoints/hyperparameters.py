@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cluster.artifacts.ggml import file_type
-from cluster.artifacts.manifest import Quantization
+from cluster.artifacts.manifest import Manifest, Quantization
 from cluster.checkpoints.config_fields import NO_ENGINE, Config
+from cluster.checkpoints.folder import read_config
 from cluster.checkpoints.rotary import Rotary, read_rotary, rotary_width
 from cluster.errors import CheckpointError
 from cluster.families import ENGINE_NAMES, EngineName, FamilyName
@@ -230,6 +231,11 @@ def _starcoder(config: Config, kind: int) -> Hyperparameters:
         activation=_GELU[config.choice("activation_function", choices=tuple(_GELU), default="gelu_pytorch_tanh")],
         context=context,
     )
+
+
+def artifact_hyperparameters(folder: Path, manifest: Manifest) -> Hyperparameters:
+    """Of the artifact in `folder`, which has its checkpoint's config.json. Raises as read_hyperparameters does."""
+    return read_hyperparameters(folder, read_config(folder), manifest.family, manifest.quantization)
 
 
 _READERS = {"llama": _llama, "gptneox": _gptneox, "bloom": _bloom, "starcoder": _starcoder}

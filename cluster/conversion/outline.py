@@ -9,9 +9,13 @@ from typing import NamedTuple
 
 from cluster.artifacts.manifest import Manifest, TensorEntry
 from cluster.artifacts.node_cache import NodeCache
-from cluster.checkpoints.checkpoint_files import read_json_object
-from cluster.checkpoints.folder import CONFIG_FILE, read_config
-from cluster.checkpoints.hyperparameters import Hyperparameters, read_hyperparameters, require_engine
+from cluster.checkpoints.folder import read_config
+from cluster.checkpoints.hyperparameters import (
+    Hyperparameters,
+    artifact_hyperparameters,
+    read_hyperparameters,
+    require_engine,
+)
 from cluster.checkpoints.sources import is_repository, open_source
 from cluster.config import ArtifactsConfig
 from cluster.conversion.plan import plan_conversion
@@ -45,7 +49,6 @@ def read_outline(wanted: Wanted, config: ArtifactsConfig) -> Outline:
 
 
 def _cached_outline(wanted: Wanted, manifest: Manifest, cache: NodeCache) -> Outline:
-    folder = cache.folder / manifest.artifact_id
-    model = read_hyperparameters(folder, read_json_object(folder / CONFIG_FILE), manifest.family, manifest.quantization)
+    model = artifact_hyperparameters(cache.folder / manifest.artifact_id, manifest)
     require_engine(wanted.engine, model.obstacles)
     return Outline(wanted, model, manifest.tensors, manifest.bytes, len(manifest.chunks), cached=True)

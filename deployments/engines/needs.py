@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 from cluster.artifacts.ggml import data_bytes
 from cluster.artifacts.manifest import Manifest, TensorEntry
-from cluster.checkpoints.folder import read_config
-from cluster.checkpoints.hyperparameters import Hyperparameters, read_hyperparameters
+from cluster.checkpoints.hyperparameters import Hyperparameters, artifact_hyperparameters
 from cluster.config import ModelConfig, OpenvinoConfig
 from cluster.errors import ConfigError
 from deployments.engines.openvino.paged_cache import BLOCK_TOKENS
@@ -82,8 +81,7 @@ def replica_needs(
 def read_artifact(folder: Path) -> tuple[Hyperparameters, Sequence[TensorEntry]]:
     """What `replica_needs` wants to know of an artifact. Raises OSError or ValueError for a folder that is none."""
     manifest = Manifest.read(folder)
-    model = read_hyperparameters(folder, read_config(folder), manifest.family, manifest.quantization)
-    return model, manifest.tensors
+    return artifact_hyperparameters(folder, manifest), manifest.tensors
 
 
 def in_tiles(config: ModelConfig, flags: frozenset[str]) -> bool:

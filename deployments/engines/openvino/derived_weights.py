@@ -31,8 +31,7 @@ from cluster.artifacts.ggml import BLOCK_WEIGHTS
 from cluster.artifacts.manifest import Manifest, Record, TensorEntry
 from cluster.artifacts.node_cache import written
 from cluster.artifacts.verified import is_verified, mark_verified
-from cluster.checkpoints.folder import read_config
-from cluster.checkpoints.hyperparameters import Hyperparameters, read_hyperparameters
+from cluster.checkpoints.hyperparameters import Hyperparameters, artifact_hyperparameters
 from cluster.isa import available_cores
 from deployments.engines.ggml_blocks import BLOCKS
 from deployments.engines.openvino.recipes import Part, recipe
@@ -134,7 +133,7 @@ def derived_weights(
     ArtifactError where they cannot be written."""
     manifest, kept = Manifest.read(folder), beside or folder
     in_tiles = in_tiles and manifest.quantization == "q4_0"
-    model = read_hyperparameters(folder, read_config(folder), manifest.family, manifest.quantization)
+    model = artifact_hyperparameters(folder, manifest)
     with FileLock(kept / "openvino.lock"):
         name = f"openvino-{DERIVED_VERSION}" + ("-tiles" if in_tiles else "")
         binary, index_file = (kept / f"{name}.{suffix}" for suffix in ("bin", "json"))
