@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cluster.artifacts.manifest import MANIFEST_FILE, Manifest
 from cluster.cli import plain_console
 from cluster.commands import preflight, serve
 from cluster.commands.convert import convert
@@ -15,7 +16,7 @@ from cluster.config import ArtifactsConfig, NibbleConfig, default_config, parse_
 from cluster.conversion.outline import Outline, read_outline
 from cluster.conversion.wanted import Wanted
 from cluster.errors import CheckpointError, ConfigError, HubUnavailableError
-from tests.conftest import DEMOS
+from tests.conftest import DEMOS, convert_here
 
 
 def config(**model: Any) -> NibbleConfig:
@@ -29,6 +30,17 @@ def test_an_outline_has_the_numbers_of_the_conversion() -> None:
     assert outline.shards >= 1
     assert not outline.cached
     assert outline.model.engines == ("bigdl", "openvino")
+
+
+def test_a_repository_whose_artifact_the_node_has_is_not_asked_for(tmp_path: Path) -> None:
+    folder = convert_here(DEMOS / "llama", "llama", tmp_path / "artifacts" / "test")
+    manifest = Manifest.read(folder).model_copy(update={"source": "org/repo", "artifact_id": "test"})
+    (folder / MANIFEST_FILE).write_text(manifest.model_dump_json())
+    wanted = Wanted(source="org/repo", family="llama", quantization="q4_0", engine="bigdl")
+    cached = read_outline(wanted, ArtifactsConfig(cache_dir=tmp_path))
+    planned = read_outline(wanted.model_copy(update={"source": "builtin:llama"}), ArtifactsConfig(cache_dir=tmp_path))
+    assert cached.cached
+    assert (cached.model, cached.tensors, cached.bytes) == (planned.model, planned.tensors, planned.bytes)
 
 
 def test_a_model_that_fits_nowhere_is_refused_with_figures() -> None:
