@@ -12,21 +12,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
+import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
+from cluster.artifacts.counters import StoreCounters
 from cluster.artifacts.manifest import ChunkEntry, Manifest
 from cluster.artifacts.node_cache import CachedArtifact, NodeCache, ReadChunk
 from cluster.checkpoints.sources import is_repository
 from cluster.config import ArtifactsConfig
 from cluster.conversion.steps import PlannedConversion, draft_manifest
 from cluster.conversion.wanted import Wanted
-from cluster.conversion_tasks import ShardReport, check_task, plan_task, shard_task
+from cluster.conversion_tasks import ShardReport, check_task, own_core, plan_task, shard_task
 from cluster.display import ConversionProgress
 from cluster.errors import ArtifactError
 from cluster.ray_errors import nibble_cause, raised_here
@@ -43,9 +47,7 @@ from cluster.restoring import (
     on_node,
     remove_durable,
 )
-
-STORE_NAME = "artifact-store"
-NAMESPACE = "nibble"
+from cluster.serve_settings import ARTIFACT_STORE, NAMESPACE
 
 # At most so many tasks that reserve no CPU, and so run on a node full of replicas, keep a place busy at once. Each is a
 # worker process of 100 MB, and twice a chunk while it reads one.
@@ -70,6 +72,7 @@ class ArtifactStore:
         self._held: dict[str, Manifest] = {}  # found in the cache of a node
         self._running: dict[tuple[str, str], asyncio.Task[Published]] = {}
         self._progress: dict[str, ConversionProgress] = {}
+        self._counters = StoreCounters()
         self._turns: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(TASKS_AT_ONCE))
 
     async def ensure(self, wanted: Wanted, config: ArtifactsConfig, with_chunks: bool = False) -> Published:
@@ -141,7 +144,7 @@ class ArtifactStore:
                 if not with_chunks:
                     return held
                 chunk = partial(on_node(cached_chunk, node).remote, config, held.manifest)
-                read = partial(self._read, node, held.manifest, chunk, held.files)
+                read = partial(self._read, "node_cache", node, held.manifest, chunk, held.files)
                 return await self._once(held.manifest.artifact_id, node, read)
         return None
 
@@ -161,7 +164,7 @@ class ArtifactStore:
         if manifest is None:
             return None
         files = durable_files.remote(uri, manifest)
-        read = partial(self._read, uri, manifest, partial(durable_chunk.remote, uri, manifest), files)
+        read = partial(self._read, "durable", uri, manifest, partial(durable_chunk.remote, uri, manifest), files)
         try:
             await require_runs(wanted, manifest, files)
             return await self._once(manifest.artifact_id, uri, read)
@@ -171,9 +174,11 @@ class ArtifactStore:
             await remove_durable.remote(uri, manifest.artifact_id)  # damaged: a good one is written in its place
             return None
 
-    async def _read(self, place: str, manifest: Manifest, chunk: Callable[[int], Any], files: Any) -> Published:
-        """Published once all of it was read, a few chunks at a time. `chunk(i)` begins to read one, and gives it and
-        its entry as a pair. Raises what a task raised."""
+    async def _read(
+        self, source: str, place: str, manifest: Manifest, chunk: Callable[[int], Any], files: Any
+    ) -> Published:
+        """Published once all of it was read, a few chunks at a time. `source`: for the counters. `chunk(i)` begins to
+        read one, and gives it and its entry as a pair. Raises what a task raised."""
 
         async def read_one(index: int) -> Any:
             async with self._turns[place]:
@@ -187,6 +192,7 @@ class ArtifactStore:
         finally:
             for each in reads:
                 each.cancel()  # where one failed, the others that have not begun
+        self._counters.reads[source] += 1
         return self._publish(Published(manifest, chunks, files))
 
     def _publish(self, published: Published) -> Published:
@@ -202,14 +208,19 @@ class ArtifactStore:
         artifact_id, plan = planned.artifact_id, planned.plan
         self._progress[artifact_id] = ConversionProgress(source=source, stage="convert", bytes=plan.bytes, nodes={})
         plan_ref, files_ref = ray.put(plan), ray.put(planned.files)
-        shards = [shard_task.remote(plan_ref, index) for index in range(len(plan.shards))]
+        shards = [shard_task.options(**own_core()).remote(plan_ref, index) for index in range(len(plan.shards))]
         chunks = [chunk for chunk, _ in shards]
+        started, result = time.monotonic(), "failed"
         try:
             entries = await asyncio.gather(*(self._count(artifact_id, report) for _, report in shards))
             self._advance(artifact_id, stage="check")
             draft = draft_manifest(source, planned, entries)
-            manifest = await check_task.remote(draft, files_ref, chunks, config)
+            manifest = await check_task.options(**own_core()).remote(draft, files_ref, chunks, config)
+            result = "done"
+            self._counters.conversion_bytes += manifest.bytes
+            self._counters.conversion_s += time.monotonic() - started
         finally:
+            self._counters.conversions[result] += 1
             del self._progress[artifact_id]
         return self._publish(Published(manifest, chunks, files_ref))
 
@@ -223,6 +234,14 @@ class ArtifactStore:
 
     def _advance(self, artifact_id: str, **changes: Any) -> None:
         self._progress[artifact_id] = self._progress[artifact_id].model_copy(update=changes)
+
+    def fetched(self, source: str) -> None:
+        """For who took an artifact: from its node's cache, or the object store."""
+        self._counters.fetches[source] += 1
+
+    def counters(self) -> dict[str, Any]:
+        """The fields of StoreCounters."""
+        return asdict(self._counters)
 
     def manifests(self) -> list[Manifest]:
         published = {artifact_id: published.manifest for artifact_id, published in self._published.items()}
@@ -244,7 +263,7 @@ def store_handle() -> Any:
     return (
         ray.remote(ArtifactStore)
         .options(
-            name=STORE_NAME,
+            name=ARTIFACT_STORE,
             namespace=NAMESPACE,
             lifetime="detached",
             get_if_exists=True,
@@ -267,13 +286,16 @@ async def fetch_artifact(wanted: Wanted, config: ArtifactsConfig) -> CachedArtif
             artifact_id = (await store.ensure.remote(wanted, config)).manifest.artifact_id
     cached = await asyncio.to_thread(cache.cached, artifact_id)
     if cached is not None:
+        store.fetched.remote("node_cache")
         return cached
     addressed = wanted.model_copy(update={"artifact_id": artifact_id})
     for attempt in range(2):
         with raised_here():
             published: Published = await store.ensure.remote(addressed, config, with_chunks=True)
         try:
-            return await asyncio.to_thread(fetch_published, published, config)
+            artifact = await asyncio.to_thread(fetch_published, published, config)
+            store.fetched.remote("object_store")
+            return artifact
         except (ArtifactError, ObjectLostError):
             if attempt:
                 raise
@@ -283,9 +305,11 @@ async def fetch_artifact(wanted: Wanted, config: ArtifactsConfig) -> CachedArtif
 
 def fetch_published(published: Published, config: ArtifactsConfig) -> CachedArtifact:
     """As NodeCache.fetch, of an artifact with chunks; raises ObjectLostError where a chunk can neither be read nor made
-    again."""
+    again. Nodes that begin together begin with different chunks, and then have them for each other: in one order, all
+    would get each chunk from the one node that has it (docs/scaling.md)."""
     cache = NodeCache(config.cache_dir, config.cache_size)
-    return cache.fetch(published.manifest, ray.get(published.files), chunk_reader(published))
+    first = random.randrange(max(1, len(published.manifest.chunks)))
+    return cache.fetch(published.manifest, ray.get(published.files), chunk_reader(published), first)
 
 
 def chunk_reader(published: Published) -> ReadChunk:

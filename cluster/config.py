@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 
-from cluster.artifacts.manifest import SHARD_BYTES, Quantization, Record
+from cluster.artifacts.manifest import SHARD_BYTES, Record
 from cluster.errors import ConfigError
-from cluster.families import FAMILY_NAMES, EngineName, FamilyName
-from cluster.isa import Isa
+from cluster.families import FAMILY_NAMES
+from cluster.machine.home import expanded
+from cluster.model_config import ModelConfig
+from cluster.nodes_config import NodesConfig
 
 Port = Annotated[int, Field(ge=1, le=65535)]
-# A model's name is a Serve deployment's name and a path segment of metrics.
-ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+DRAIN_S = 3600.0  # where neither limits.drain_s nor limits.timeout_s bounds it
 
-ROUTER_NAME = "router"
-
-# What users say, and the ggml type that it means.
-QuantizationName = Literal["int4", "int8"]
-QUANTIZATIONS: dict[QuantizationName, Quantization] = {"int4": "q4_0", "int8": "q8_0"}
+# Of a web page, as a browser says it; * is any.
+Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/?#*\s]+)$")]
 
 
 class HttpConfig(Record):
+    """`cors_origins`: of web pages that may call the server from a browser, such as https://chat.example.org."""
+
     host: str = "127.0.0.1"
     port: Port = 8000
+    cors_origins: tuple[Origin, ...] = ()
 
 
 class GrpcConfig(Record):
@@ -48,7 +49,16 @@ class ArtifactsConfig(Record):
     @field_validator("cache_dir")
     @classmethod
     def expand_home(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+        return expanded(value, "artifacts.cache_dir").absolute()
+
+
+def default_artifacts() -> ArtifactsConfig:
+    """Made when it is needed, since it asks for the home folder. Where none is known, it is one that `NibbleConfig`
+    refuses: pydantic makes it for comparisons, too."""
+    try:
+        return ArtifactsConfig()
+    except ConfigError:
+        return ArtifactsConfig.model_construct()
 
 
 class AuthConfig(Record):
@@ -68,20 +78,40 @@ class AuthConfig(Record):
     @field_validator("api_keys_file")
     @classmethod
     def expand_home(cls, value: Path | None) -> Path | None:
-        return value and value.expanduser().absolute()
+        return value and expanded(value, "auth.api_keys_file").absolute()
 
 
 class LimitsConfig(Record):
     """What one request may ask for; null is no bound but the model's own. `body_bytes`: of an HTTP body or a gRPC
-    message. `choices`: sequences, prompts times n or best_of. `timeout_s`: its longest time. `keep_alive_s`: between
-    comments in a stream of server-sent events that waits."""
+    message. `choices`: sequences, prompts times n or best_of. `embeddings`: inputs to embed. `timeout_s`: its longest
+    time. `stall_s`: the longest time from one token to the next, after which its replica counts as frozen.
+    `keep_alive_s`: between comments in a stream of server-sent events that waits. `drain_s`: how long what stops (a
+    replica, a router, the server) waits for the requests in it; null: `timeout_s`, so that none is cut."""
 
     body_bytes: Annotated[ByteSize, Field(ge=1, validate_default=True)] = ByteSize(1 << 20)
     prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     choices: Annotated[int, Field(ge=1)] = 32
+    embeddings: Annotated[int, Field(ge=1)] = 2048
     timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 600
+    stall_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = 60
     keep_alive_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10
+    drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+    @property
+    def drain(self) -> float:
+        """Seconds."""
+        if self.drain_s is not None:
+            return self.drain_s
+        return DRAIN_S if self.timeout_s is None else self.timeout_s
+
+
+class RouterConfig(Record):
+    """`replicas`: of the router, which share the connections; each needs a part of a core, and no engine's threads.
+    `nodes`: where they may run; null: anywhere."""
+
+    replicas: Annotated[int, Field(ge=1, le=100)] = 1
+    nodes: NodesConfig | None = None
 
 
 class LoggingConfig(Record):
@@ -90,129 +120,42 @@ class LoggingConfig(Record):
     prompts: bool = False
 
 
-class ReplicasConfig(Record):
-    """Serve adds replicas, from `min` to `max`, to keep `target_ongoing_requests` requests on each; null: half of the
-    queue's `max_ongoing`."""
+class ObservabilityConfig(Record):
+    """`traces`: whether the router begins OpenTelemetry traces, and goes on with those of its clients. Where they are
+    sent to, and which, is told by the variables OTEL_* of its environment and the replicas'."""
 
-    min: Annotated[int, Field(ge=1)] = 1
-    max: Annotated[int, Field(ge=1)] = 1
-    target_ongoing_requests: Annotated[float, Field(gt=0)] | None = None
-
-    @model_validator(mode="after")
-    def min_at_most_max(self) -> ReplicasConfig:
-        if self.min > self.max:
-            raise ValueError(f"min is {self.min}, max is {self.max}; min must be at most max")
-        return self
-
-
-class QueueConfig(Record):
-    """A replica holds at most `max_ongoing` requests, the router `max_queued` more for it; the next one is refused.
-    `max_ongoing` null: what the engine is good for, 4 with bigdl, which computes one after the other, and 32 with
-    openvino, which computes them together."""
-
-    max_ongoing: Annotated[int, Field(ge=1)] | None = None
-    max_queued: Annotated[int, Field(ge=1)] = 64
-
-
-Tune = Literal["throughput", "latency", "precision"]
-
-
-class DraftConfig(Record):
-    """A small model with the tokenizer of the one that it guesses for, `tokens` tokens at a time. `checkpoint` is given
-    as that of a model, and quantized like it; `family` null: the same as the model's."""
-
-    checkpoint: Annotated[str, Field(min_length=1)]
-    family: FamilyName | None = None
-    tokens: Annotated[int, Field(ge=1, le=32)] = 4
-
-
-class OpenvinoConfig(Record):
-    """Of models with `engine: openvino`. `tune`: what its settings for this node's CPU are chosen for: the tokens per
-    second of many sequences, or of one, or the precision of logits. `kv_cache`: bytes of a replica's cache; null is
-    room for `queue.max_ongoing` sequences of `context` tokens, at most a replica's share, by its threads, of a quarter
-    of the node's free memory. `step_tokens`: computed together, at most; a longer prompt is cut, so that the others'
-    next tokens need not wait for all of it. `prompt_lookup`: how many tokens to guess at a time from the text so far;
-    0 is off. `draft`: guesses with a smaller model instead."""
-
-    tune: Tune = "throughput"
-    kv_cache: Annotated[ByteSize, Field(gt=0)] | None = None
-    # A matrix product of 65 rows takes OpenVINO as long as one of 128.
-    step_tokens: Annotated[int, Field(ge=1)] = 64
-    prompt_lookup: Annotated[int, Field(ge=0, le=32)] = 0
-    draft: DraftConfig | None = None
-
-    @model_validator(mode="after")
-    def one_way_to_guess(self) -> OpenvinoConfig:
-        if self.prompt_lookup and self.draft:
-            raise ValueError("prompt_lookup and draft are both set; keep one of them: tokens are guessed in one way")
-        return self
-
-
-MAX_ONGOING: dict[EngineName, int] = {"bigdl": 4, "openvino": 32}
-
-
-class ModelConfig(Record):
-    """One served model. `checkpoint`: builtin:FAMILY, a folder, or a Hub repository org/repo[@revision]. `threads`: of
-    each replica, fixed, and the CPUs it reserves. `context`: tokens, prompt and completion together. `isa`: the
-    instruction set of the native library; without it each node takes the fastest it can run."""
-
-    name: ModelName
-    family: FamilyName
-    checkpoint: Annotated[str, Field(min_length=1)]
-    engine: EngineName = "bigdl"
-    quantization: QuantizationName = "int4"
-    isa: Isa | None = None
-    threads: Annotated[int, Field(ge=1, le=1024)] = 2
-    context: Annotated[int, Field(ge=8, le=1 << 20)] = 512
-    replicas: ReplicasConfig = ReplicasConfig()
-    queue: QueueConfig = QueueConfig()
-    openvino: OpenvinoConfig | None = None
-
-    @property
-    def max_ongoing(self) -> int:
-        """Requests that a replica holds."""
-        return self.queue.max_ongoing or MAX_ONGOING[self.engine]
-
-    @property
-    def target_ongoing_requests(self) -> float:
-        return self.replicas.target_ongoing_requests or self.max_ongoing / 2
-
-    @property
-    def ggml_type(self) -> Quantization:
-        return QUANTIZATIONS[self.quantization]
-
-    @field_validator("name")
-    @classmethod
-    def not_the_router(cls, value: str) -> str:
-        if value == ROUTER_NAME:
-            raise ValueError(f"{ROUTER_NAME!r} is the name of nibble's own ingress deployment")
-        return value
-
-    @model_validator(mode="after")
-    def options_of_the_engine(self) -> ModelConfig:
-        """What the engine would ignore is refused."""
-        if self.openvino is not None and self.engine != "openvino":
-            raise ValueError(f"openvino: options of engine openvino, but engine is {self.engine}; remove one of them")
-        if self.isa is not None and self.engine != "bigdl":
-            raise ValueError(f"isa: chooses a build of engine bigdl's library, but engine is {self.engine}; remove isa")
-        return self
+    traces: bool = False
 
 
 class NibbleConfig(Record):
     http: HttpConfig = HttpConfig()
     grpc: GrpcConfig = GrpcConfig()
-    artifacts: ArtifactsConfig = ArtifactsConfig()
+    artifacts: ArtifactsConfig = Field(default_factory=default_artifacts)
     auth: AuthConfig = AuthConfig()
     limits: LimitsConfig = LimitsConfig()
     logging: LoggingConfig = LoggingConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
+    router: RouterConfig = RouterConfig()
     models: Annotated[tuple[ModelConfig, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
+    def has_a_cache(self) -> NibbleConfig:
+        expanded(self.artifacts.cache_dir, "artifacts.cache_dir")
+        return self
+
+    @model_validator(mode="after")
     def no_clash(self) -> NibbleConfig:
-        names = [model.name for model in self.models]
+        names = [name for model in self.models for name in (model.name, *model.aliases)]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
-            raise ValueError(f"models: {', '.join(sorted(twice))} appears more than once; names must differ")
+            raise ValueError(
+                f"models: {', '.join(sorted(twice))} appears more than once; names and aliases must differ"
+            )
+        deployments: dict[str, str] = {}
+        for model in self.models:
+            name, other = model.deployment, deployments.setdefault(model.deployment, model.name)
+            if other != model.name:
+                raise ValueError(f"models: {other} and {model.name} would both be Serve's {name}; rename one")
         if self.http.port == self.grpc.port:
             raise ValueError(f"http.port and grpc.port are both {self.http.port}; they must differ")
         return self

@@ -19,7 +19,16 @@ from cluster.conversion.shard import convert_shard
 from cluster.conversion.steps import PlannedConversion, complete, plan_wanted, with_weights
 from cluster.conversion.wanted import Wanted
 
+# A resource of a local node, its cores: its CPUs are counted for replicas, which may be more than it has cores.
+CONVERSION_CORES = "nibble_conversion_cores"
 TASK_RETRIES = 3  # on the loss of a worker or a node; an error the task raised itself is final
+
+
+def own_core() -> dict[str, Any]:
+    """Options of a task that computes on one core."""
+    if CONVERSION_CORES in ray.cluster_resources():
+        return {"num_cpus": 0, "resources": {CONVERSION_CORES: 1}}
+    return {"num_cpus": 1}
 
 
 class ShardReport(Record):
@@ -31,10 +40,10 @@ class ShardReport(Record):
 
 @ray.remote(num_cpus=0, max_retries=TASK_RETRIES)
 def plan_task(wanted: Wanted, config: ArtifactsConfig) -> PlannedConversion:
-    return plan_wanted(wanted, config.shard_size)
+    return plan_wanted(wanted, config)
 
 
-@ray.remote(num_cpus=1, max_retries=TASK_RETRIES, num_returns=2, scheduling_strategy="SPREAD")
+@ray.remote(max_retries=TASK_RETRIES, num_returns=2, scheduling_strategy="SPREAD")
 def shard_task(plan: ConversionPlan, index: int) -> tuple[Any, ShardReport]:
     """One shard's bytes, a uint8 array, which goes to the object store as it is."""
     shard = plan.shards[index]
@@ -43,7 +52,7 @@ def shard_task(plan: ConversionPlan, index: int) -> tuple[Any, ShardReport]:
     return data, ShardReport(entry=entry, node=ray.util.get_node_ip_address())
 
 
-@ray.remote(num_cpus=1, max_retries=TASK_RETRIES)
+@ray.remote(max_retries=TASK_RETRIES)
 def check_task(draft: Manifest, files: dict[str, bytes], chunks: Sequence[Any], config: ArtifactsConfig) -> Manifest:
     """Assembles the artifact on this node, runs it in a child process and keeps it in the node cache if it is sound.
 

@@ -20,7 +20,7 @@ NibbleError
     └── UnavailableError     no replica is ready yet
 
 A message says which field or file, what was found, what is allowed and what to do. HTTP and gRPC codes are
-decided in one place, `deployments/status.py`.
+decided in one place, `deployments/error_statuses.py`.
 """
 
 from __future__ import annotations

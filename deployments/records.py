@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -31,31 +32,76 @@ class SamplingParams:
     seed: int = 0
 
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a function by the model. `arguments` is a JSON object, unless the model failed."""
+
+    id: str
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True)
 class Message:
     role: Role
     content: str
+    name: str | None = None  # of the one who speaks, for templates that write it
+    tool_calls: tuple[ToolCall, ...] = ()  # of the assistant
+    tool_call_id: str | None = None  # what a tool's message answers
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may call. `definition` is what a chat template gets, as JSON: `{"type": "function",
+    "function": {"name", "description", "parameters"}}`; `parameters` is the JSON schema of its arguments, as JSON."""
+
+    name: str
+    definition: str
+    parameters: str
 
 
 @dataclass(frozen=True)
 class Conversation:
-    messages: tuple[Message, ...]  # at least one
+    """At least one message, and what the chat template is told. `add_generation_prompt`: the assistant's next message
+    follows; `continue_final_message`: the last message goes on instead. `template_arguments`: further ones.
+    `add_special_tokens`: those of the tokenizer, beside what the template writes; None: unless it wrote the BOS token.
+    """
+
+    messages: tuple[Message, ...]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    add_special_tokens: bool | None = None
+    tools: tuple[Tool, ...] = ()  # that the model is told of
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """What a completion may do with the tools of its conversation: call those in `names`. `forced`: it consists of
+    calls, one at least. `parallel`: there may be more than one."""
+
+    names: tuple[str, ...]
+    forced: bool = False
+    parallel: bool = True
 
 
 @dataclass(frozen=True)
 class Grammar:
     """`text`: a JSON schema as JSON (kind json_schema; `{"type": "object"}` for any JSON object), or a grammar in
-    Lark's or GBNF's syntax (kind grammar). `field` names the request's field that it came from, for errors."""
+    Lark's or GBNF's syntax (kind grammar), or both as JSON (kind tool_calls): `rules` in Lark's syntax, in which
+    `@arguments0`, ... are the JSON values of `schemas`, pairs of a tool's name and a schema. `field` names the
+    request's field that it came from, for errors."""
 
-    kind: Literal["json_schema", "grammar"]
+    kind: Literal["json_schema", "grammar", "tool_calls"]
     text: str
     field: str
 
 
 Prompt = str | tuple[int, ...] | Conversation
+Trace = Mapping[str, str]  # traceparent and tracestate, as W3C Trace Context has them
 
 
 @dataclass(frozen=True)
@@ -73,18 +119,24 @@ class GenerationRequest:
     """One completion. `prompt` is text, token ids or a conversation, which the model's chat template turns into text.
 
     Generation ends after `max_tokens` (None: no bound of its own), where the context is full, at the model's end token
-    (unless `ignore_eos`), or at the first of the `stop` strings, which is left out of the text; before
-    `sampling.min_tokens` new tokens it ends at neither. `max_tokens` 0 generates nothing. With `echo` the prompt's text
-    comes first. `logprobs`: how many of the most likely tokens to report beside each token; None for no log
-    probabilities. `timeout_s`: seconds from now until the caller no longer waits. `max_prompt_tokens`: the operator's
-    own bound on the prompt. `progress`: goes on with a completion that was begun elsewhere, behind the chunks that its
-    caller has.
+    (unless `ignore_eos`), at one of the `stop_token_ids`, or at the first of the `stop` strings. What it ends at is
+    left out of the text, and before `sampling.min_tokens` new tokens it ends at none of these. `max_tokens` 0 generates
+    nothing. With `echo` the prompt's text comes first. `logprobs`: how many of the most likely tokens to report beside
+    each token; None for no log probabilities. `timeout_s`: seconds from now until the caller no longer waits.
+    `max_prompt_tokens`: the operator's own bound on the prompt. `truncate_prompt_tokens`: only so many of the prompt's
+    last tokens are taken; -1: as many as fit. `add_special_tokens`: those of the tokenizer, to a prompt that is text.
+    Without `skip_special_tokens` special tokens have a text, too. `return_token_ids`: the first chunk has the prompt's
+    ids. `tool_use`: the text is read as a message that may call tools; of a conversation with tools only, and without
+    `grammar`. `progress`: goes on with a completion that was begun elsewhere, behind the chunks that its caller has.
+    `trace`: of the span whose children this completion's spans are; None: it is not traced.
+    `session`: requests of the same one are best served by the same replica.
     """
 
     request_id: str
     prompt: Prompt
     max_tokens: int | None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     ignore_eos: bool = False
     echo: bool = False
@@ -92,7 +144,14 @@ class GenerationRequest:
     grammar: Grammar | None = None
     timeout_s: float | None = None
     max_prompt_tokens: int | None = None
+    truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool = True
+    skip_special_tokens: bool = True
+    return_token_ids: bool = False
+    tool_use: ToolUse | None = None
     progress: Progress | None = None
+    trace: Trace | None = None
+    session: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,12 +167,40 @@ class LoggedToken:
 
 
 @dataclass(frozen=True)
+class ToolCallPiece:
+    """Of the call at `index`, from 0 on: its id and name in the first piece, and what comes next of the arguments."""
+
+    index: int
+    arguments: str
+    id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class MessagePiece:
+    """Of an assistant's message with tools."""
+
+    content: str
+    tool_calls: tuple[ToolCallPiece, ...]
+
+
+class EngineTimes(NamedTuple):
+    """Seconds of a completion in its engine up to its first token: waiting, and computing."""
+
+    queue_s: float
+    prefill_s: float
+
+
+@dataclass(frozen=True)
 class GenerationChunk:
     """A piece of the completion: text that is final, and the tokens whose text begins in it. The last chunk of a
     completion, and only that one, has a finish_reason, and all tokens that were left. `completion_tokens` counts what
     was generated up to this chunk, an end token and tokens whose text is held back included. `logprobs`: of the tokens
     whose text this is (with echo, the first chunk has the prompt's), empty where none were asked for; an end token and
-    what lies beyond a stop string have none."""
+    what lies beyond a stop string have none. `prompt_token_ids`: in the first chunk, where they were asked for.
+    `cached_tokens`: how many of the prompt's tokens the replica did not need to compute.
+    `message`: what the text becomes, of a request with `tool_use`. `engine_times`: in the first chunk behind a token,
+    unless the completion was begun elsewhere."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -121,3 +208,7 @@ class GenerationChunk:
     prompt_tokens: int
     completion_tokens: int
     logprobs: tuple[LoggedToken, ...] = ()
+    prompt_token_ids: tuple[int, ...] = ()
+    cached_tokens: int = 0
+    message: MessagePiece | None = None
+    engine_times: EngineTimes | None = field(default=None, compare=False)  # how it came, not what it is

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncGenerator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from ray import serve
 
 from cluster.artifact_store import fetch_artifact
 from cluster.artifacts.node_cache import NodeCache
-from cluster.config import ArtifactsConfig, ModelConfig
+from cluster.config import ArtifactsConfig
 from cluster.conversion.wanted import Wanted
 from cluster.errors import EngineError
 from cluster.families import FamilyName
-from cluster.isa import available_cores, available_memory, cpu_flags
+from cluster.machine.isa import available_cores, available_memory, cpu_flags, isa_name
+from cluster.machine.topology import topology
+from cluster.model_config import ModelConfig
+from cluster.serve_settings import SERVE_LOGGER
 from deployments.cores import CoreClaim, claim_cores
 from deployments.engines.loading import load_engine
 from deployments.engines.needs import ADVICE, gib, read_artifact, replica_needs
-from deployments.generation.generation import embed_text, generate_text
+from deployments.generation.generation import embed_text, generate_text, off_the_loop
 from deployments.generation.text import Tokenizer
+from deployments.observability.tracing import traced
 from deployments.records import Conversation, GenerationChunk, GenerationRequest, Prompt
 
+logger = logging.getLogger(SERVE_LOGGER)
 
-def own_cores(folder: Path, threads: int) -> CoreClaim | None:
+
+def own_cores(folder: Path, model: ModelConfig) -> CoreClaim | None:
     """None where a CPU quota is smaller than the affinity mask: the container then shares its cores with others that
-    nibble cannot see, and pinning would crowd them all on the first ones."""
-    cores = os.sched_getaffinity(0)
-    return claim_cores(folder, threads, cores) if available_cores() == len(cores) else None
+    nibble cannot see, and pinning would crowd them all on the first ones. The log has what could not be had."""
+    cpus = topology(os.sched_getaffinity(0))
+    if available_cores() < len(cpus):
+        logger.warning("%s: its threads have no cores of their own, because of the container's CPU quota", model.name)
+        return None
+    claim = claim_cores(folder, model.threads, cpus)
+    if claim.unmet:
+        logger.warning("%s: threads: %d on CPUs %s: %s", model.name, model.threads, claim.cores, "; ".join(claim.unmet))
+    return claim
 
 
 def require_memory(model: ModelConfig, folders: Sequence[Path]) -> None:
@@ -42,7 +58,7 @@ def require_memory(model: ModelConfig, folders: Sequence[Path]) -> None:
 
 
 class Replica:
-    """Base of the family deployments (`deployments/families.py`); Serve runs one instance a replica."""
+    """Base of the family deployments (`deployments/family_deployments.py`); Serve runs one instance a replica."""
 
     family: ClassVar[FamilyName]
 
@@ -50,6 +66,8 @@ class Replica:
         self, model: ModelConfig, wanted: Sequence[Wanted], artifacts: ArtifactsConfig
     ) -> None:
         """`wanted`: the model's artifacts, as `wanted_artifacts` says."""
+        self._stall_s: float | None = None
+        self._span_attributes = {"service.instance.id": serve.get_replica_context().replica_id.unique_id}
         if model.family != self.family:
             raise EngineError(f"{model.name}: family {model.family} cannot run in the {self.family} deployment")
         if model.threads > available_cores():
@@ -60,23 +78,35 @@ class Replica:
         # Kept, not released: the node's cache evicts nothing that a replica has mapped.
         self._artifacts = [await fetch_artifact(each, artifacts) for each in wanted]
         folders = [artifact.folder for artifact in self._artifacts]
-        self._tokenizer = Tokenizer(folders[0])
+        self._tokenizer = Tokenizer(folders[0], model.tool_parser)
         for draft in folders[1:]:
             self._tokenizer.require_same_tokens(Tokenizer(draft), f"{model.name}: openvino.draft.checkpoint")
         require_memory(model, folders)
-        self._claim = own_cores(artifacts.cache_dir / "cores", model.threads)
+        self._claim = own_cores(artifacts.cache_dir / "cores", model)
         self._engine = load_engine(model, folders, self._claim.cores if self._claim else None)
         # Now that the engine has what it derives beside its artifact.
         await asyncio.to_thread(NodeCache(artifacts.cache_dir, artifacts.cache_size).evict)
 
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """`stall_s`: the longest time that a step may take."""
+        self._stall_s = user_config["stall_s"]
+
+    def check_health(self) -> None:
+        """Asked by Serve every second or two, which replaces a replica that raises. Raises EngineError."""
+        self._engine.check_health(self._stall_s)
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
-        async for chunk in generate_text(self._engine, self._tokenizer, request):
-            yield chunk
+        with traced(request, "replica", "SERVER", self._span_attributes) as request:
+            async for chunk in generate_text(self._engine, self._tokenizer, request):
+                yield chunk
 
     async def tokenize(self, text: str | Conversation, add_special_tokens: bool) -> tuple[int, ...]:
         if isinstance(text, Conversation):
-            return self._tokenizer.encode_conversation(text)
-        return self._tokenizer.encode(text, add_special_tokens)
+            return await off_the_loop(text, partial(self._tokenizer.encode_conversation, text))
+        return await off_the_loop(text, partial(self._tokenizer.encode, text, add_special_tokens))
+
+    async def tokenizer_info(self) -> dict[str, Any]:
+        return self._tokenizer.info
 
     async def detokenize(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, self._engine.vocab_size)
@@ -86,4 +116,9 @@ class Replica:
 
     async def info(self) -> dict[str, str | int | float]:
         cores = ",".join(map(str, self._claim.cores)) if self._claim else "any"
-        return {**self._engine.info(), "pid": os.getpid(), "cores": cores}
+        return {"isa": isa_name(), **self._engine.info(), "pid": os.getpid(), "cores": cores}
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """`info` by Serve's own way to ask a replica, which needs no place among `max_ongoing` requests: a full replica
+        answers too."""
+        return await self.info()

@@ -27,8 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cluster.checkpoints.hyperparameters import read_hyperparameters
-from cluster.conversion.layouts import LAYOUTS, tensor_rules
-from cluster.families import FamilyName
+from cluster.families import FAMILIES, FamilyName
 from tests.bench.make_checkpoint import numbers
 from tests.random_tokenizer import MISTRAL_WORDS, byte_level_tokenizer, sentencepiece_model
 from tests.torch_files import state_pickle, write_archive
@@ -260,8 +259,8 @@ def _write_tokenizer(folder: Path, family: FamilyName, tokens: int) -> None:
 def _tensors(folder: Path, config: dict[str, Any], family: FamilyName) -> Iterator[tuple[str, Stored]]:
     """In the order of a state dict, as far as files depend on it: a layer's tensors follow each other."""
     known = config | ({"architectures": [_MENDED]} if family == "llama" else {})
-    model, layout = read_hyperparameters(folder, known, family), LAYOUTS[family]
-    shapes = {rule.source: rule.source_shape for rule in tensor_rules(family, model)}
+    model, layout = read_hyperparameters(folder, known, family), FAMILIES[family].layout
+    shapes = {rule.source: rule.source_shape for rule in FAMILIES[family].tensors(model)}
     kind = "F32" if family == "starcoder" else "F16"
     for number, name in enumerate(sorted(shapes, key=_place)):
         full_name, shape = name if name == layout.output else layout.prefix + name, shapes[name]

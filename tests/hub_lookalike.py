@@ -6,7 +6,7 @@ folders, counts what it serves, and misbehaves on request.
         hub.fail(429, times=1, Retry_After="1")
         hub.cut("model.safetensors", after=1000)
 
-What is as on the Hub: a repository's top folder as siblings and as a tree, a commit of forty hex digits for every
+What is as on the Hub: a repository's files as siblings and as a tree, a commit of forty hex digits for every
 revision, an etag that is git's blob id or, for what LFS holds, the content's sha256; ranges; X-Error-Code; and, where
 `cdn` is set, the redirect of LFS files to another host, which must not see the token.
 """
@@ -15,92 +15,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
-import os
 import re
 import socket
 import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".model", ".h5", ".gguf")
+from tests.hub_records import Content, Cut, Failure, Repository, Request, mapped, sibling, tree_entry
 
 HOST = "127.0.0.1"
 CDN_HOST = "127.0.0.2"  # huggingface_hub follows a redirect to the same host by itself, whatever its port
-
-
-@dataclass(frozen=True)
-class Request:
-    method: str
-    path: str
-    status: int
-    bytes: int
-    authorization: str | None
-    range: str | None = None
-
-    @property
-    def file(self) -> str:
-        return self.path.rsplit("/", 1)[-1]
-
-
-@dataclass
-class Failure:
-    """Answers `status` to the next `times` requests whose path contains `path`."""
-
-    status: int
-    times: int
-    path: str
-    headers: dict[str, str]
-
-
-@dataclass
-class Cut:
-    """Ends the next `times` connections that send `file` after `after` bytes of the body; with `reset`, by RST."""
-
-    file: str
-    after: int
-    times: int
-    reset: bool
-
-
-@dataclass
-class Content:
-    path: Path
-    sha256: str
-    blob_id: str
-    size: int
-    lfs: bool
-
-    @staticmethod
-    def of(path: Path) -> Content:
-        data = mapped(path)
-        blob_id, sha256 = hashlib.sha1(f"blob {len(data)}\0".encode()), hashlib.sha256(data)
-        blob_id.update(data)
-        return Content(path, sha256.hexdigest(), blob_id.hexdigest(), len(data), path.name.endswith(LFS_SUFFIXES))
-
-    @property
-    def etag(self) -> str:
-        return self.sha256 if self.lfs else self.blob_id
-
-
-def mapped(path: Path) -> memoryview:
-    """A file's bytes, which may be more than fit into memory."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        return memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b"")
-
-
-@dataclass
-class Repository:
-    revisions: dict[str, str] = field(default_factory=dict)
-    commits: dict[str, dict[str, Content]] = field(default_factory=dict)
-    gated: bool = False
 
 
 class HubLookalike:
@@ -141,7 +70,8 @@ class HubLookalike:
 
     def add(self, repo: str, folder: Path, revision: str = "main") -> str:
         """Makes the folder's files a commit of the repository, which `revision` then stands for; the commit."""
-        files = {path.name: Content.of(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        files = {name: Content.of(path) for name, path in paths.items()}
         listing = "".join(f"{name} {content.etag}\n" for name, content in files.items())
         commit = hashlib.sha1(f"{repo}\n{listing}".encode()).hexdigest()
         repository = self.repositories.setdefault(repo, Repository())
@@ -359,17 +289,3 @@ class _HubHandler(_Handler):
                 self.send(302, b"", {**headers, "Location": f"{self.hub.cdn_url}/{content.sha256}"})
                 return
         self.send_content(content, headers)
-
-
-def sibling(name: str, content: Content) -> dict[str, Any]:
-    entry: dict[str, Any] = {"rfilename": name, "size": content.size, "blobId": content.blob_id}
-    if content.lfs:
-        entry["lfs"] = {"sha256": content.sha256, "size": content.size, "pointerSize": 134}
-    return entry
-
-
-def tree_entry(name: str, content: Content) -> dict[str, Any]:
-    entry: dict[str, Any] = {"type": "file", "path": name, "size": content.size, "oid": content.blob_id}
-    if content.lfs:
-        entry["lfs"] = {"oid": content.sha256, "size": content.size, "pointerSize": 134}
-    return entry

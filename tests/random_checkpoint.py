@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.checkpoints.hyperparameters import read_hyperparameters
-from cluster.conversion.layouts import LAYOUTS, tensor_rules
 from cluster.families import FAMILIES, FamilyName
 from tests.random_tokenizer import (
     MISTRAL_WORDS,
@@ -197,11 +196,13 @@ def write_random_checkpoint(
     config = model_config(shape) | dict(shape.config)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     write_tokenizer(folder, shape)
-    model, layout = read_hyperparameters(folder, config, shape.family), LAYOUTS[shape.family]
+    model, layout = read_hyperparameters(folder, config, shape.family), FAMILIES[shape.family].layout
     left_out = layout.output if model.tied else None
     if shape.stored is not None:
         left_out = {"both": None, "output": layout.embedding}[shape.stored]
-    shapes = {rule.source: rule.source_shape for rule in tensor_rules(shape.family, model) if rule.source != left_out}
+    shapes = {
+        rule.source: rule.source_shape for rule in FAMILIES[shape.family].tensors(model) if rule.source != left_out
+    }
     tensors = {}
     for name in sorted(shapes):
         full_name = name if base_names or name == layout.output else layout.prefix + name

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import islice, product
 from typing import Any, Literal
 
-from cluster.checkpoints.byte_level import BYTE_OF_CHARACTER
+from cluster.checkpoints.tokenizer.byte_level import BYTE_OF_CHARACTER
 
 # Whose checkpoints have such: a byte-level BPE that puts a BOS in front; sentencepiece's BPE as tokenizer.json; a
 # byte-level BPE without BOS.

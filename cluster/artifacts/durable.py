@@ -77,7 +77,9 @@ class DurableCopy:
                     for index in range(len(manifest.chunks)):
                         file.write(read_chunk(index))
                 for name, content in files.items():
-                    self._files.pipe_file(self._path(manifest.artifact_id, name), content)
+                    path = self._path(manifest.artifact_id, name)
+                    self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
+                    self._files.pipe_file(path, content)
                 content = manifest.model_dump_json(indent=1).encode()
                 self._files.pipe_file(self._path(manifest.artifact_id, MANIFEST_FILE), content)
         except ArtifactError:

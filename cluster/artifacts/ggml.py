@@ -3,10 +3,10 @@
     head:    magic, [version], hyperparameters, vocabulary          all integers little-endian int32
     record:  n_dims, name length, type, dims (innermost first), name, padding, data
 
-Each family has its own magic, version, hyperparameters and alignment of `data`; the tables here are what the runtimes
-of the wheel read. Q4_0 and Q8_0 are bigdl's, not llama.cpp's: a block holds 64 weights. In Q4_0 it has 34 bytes, an
-fp16 scale and 32 bytes whose low nibbles are weights 0 to 31 and whose high nibbles are weights 32 to 63; in Q8_0 68
-bytes, an fp32 scale and 64 signed bytes. A row must be whole blocks.
+Each family has its own magic, version, hyperparameters and alignment of `data` (its `Container`), which are what the
+runtimes of the wheel read. Q4_0 and Q8_0 are bigdl's, not llama.cpp's: a block holds 64 weights. In Q4_0 it has 34
+bytes, an fp16 scale and 32 bytes whose low nibbles are weights 0 to 31 and whose high nibbles are weights 32 to 63; in
+Q8_0 68 bytes, an fp32 scale and 64 signed bytes. A row must be whole blocks.
 """
 
 from __future__ import annotations
@@ -16,39 +16,22 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from cluster.artifacts.manifest import Quantization, TensorType
-from cluster.families import FamilyName
+from cluster.families.family import Container
 
 BLOCK_WEIGHTS = 64
 BLOCK_BYTES: dict[Quantization, int] = {"q4_0": 34, "q8_0": 68}
 
 _TYPE_CODES: dict[TensorType, int] = {"f32": 0, "q4_0": 2, "q8_0": 8}
 _FILE_TYPES: dict[Quantization, int] = {"q4_0": 2, "q8_0": 7}  # "mostly" that; vectors are F32
-_UNVERSIONED = b"lmgg"  # 'ggml', written as a little-endian int32
-_ALIGNED = b"tjgg"  # 'ggjt'
 
 
-class Container(NamedTuple):
-    magic: bytes
-    version: int | None
-    alignment: int  # of a tensor's data in the file
-    file_type_base: int = 0  # starcoder has ggml's later scheme: 1000 times the version of the quantization format
+def file_type(container: Container, quantization: Quantization) -> int:
+    """A field of the header, among the hyperparameters."""
+    return container.file_type_base + _FILE_TYPES[quantization]
 
 
-CONTAINERS: dict[FamilyName, Container] = {
-    "llama": Container(_ALIGNED, 3, 32),
-    "gptneox": Container(_ALIGNED, 1, 32),
-    "bloom": Container(_UNVERSIONED, None, 1),
-    "starcoder": Container(_UNVERSIONED, None, 1, 2000),
-}
-
-
-def file_type(family: FamilyName, quantization: Quantization) -> int:
-    """A field of the header: the last one but one of starcoder's, the last of the others'."""
-    return CONTAINERS[family].file_type_base + _FILE_TYPES[quantization]
-
-
-class Token(NamedTuple):
-    """One entry of the vocabulary; only llama's container holds scores."""
+class VocabToken(NamedTuple):
+    """One entry of the vocabulary; only the form scored_pieces has scores."""
 
     text: bytes
     score: float | None = None
@@ -59,7 +42,7 @@ def pack_integers(values: Iterable[int]) -> bytes:
     return struct.pack(f"<{len(numbers)}i", *numbers)
 
 
-def pack_head(container: Container, hyperparameters: Iterable[int], vocabulary: Iterable[Token]) -> bytes:
+def pack_head(container: Container, hyperparameters: Iterable[int], vocabulary: Iterable[VocabToken]) -> bytes:
     """The bytes before the first tensor record; `hyperparameters` as the family's header lists them, all of them."""
     parts = [container.magic]
     if container.version is not None:

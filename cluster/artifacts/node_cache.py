@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from filelock import FileLock
@@ -53,18 +53,21 @@ class NodeCache:
         self.folder = cache_dir / "artifacts"
         self._max_bytes = max_bytes
 
-    def fetch(self, manifest: Manifest, files: Mapping[str, bytes], read_chunk: ReadChunk) -> CachedArtifact:
+    def fetch(
+        self, manifest: Manifest, files: Mapping[str, bytes], read_chunk: ReadChunk, first: int = 0
+    ) -> CachedArtifact:
         """The artifact on this node, which is exactly what the manifest says.
 
         `files`: content of the files beside the binary; `read_chunk(i)`: the bytes of chunk i, called only where this
-        node lacks the artifact or its copy is damaged (which is then replaced). Raises ArtifactError where the
-        content does not fit the manifest or cannot be written, and leaves nothing behind then.
+        node lacks the artifact or its copy is damaged (which is then replaced), from chunk `first` on and then from
+        chunk 0 on. Raises ArtifactError where the content does not fit the manifest or cannot be written, and leaves
+        nothing behind then.
         """
         with self.locked(manifest.artifact_id):
             artifact = self._held(manifest)
             if artifact is None:
                 with Staging(self.folder, manifest.artifact_id) as staging:
-                    binary_sha256 = write_binary(staging / manifest.binary, manifest, read_chunk)
+                    binary_sha256 = write_binary(staging / manifest.binary, manifest, read_chunk, first)
                     write_files(staging, files)
                     check_digest(f"{manifest.binary} of {manifest.artifact_id}", binary_sha256, manifest.sha256)
                     artifact = self.admit(staging, manifest)
@@ -230,24 +233,33 @@ def remove_abandoned(parent: Path, artifact_id: str) -> None:
                 os.close(lock)
 
 
-def write_binary(path: Path, manifest: Manifest, read_chunk: ReadChunk) -> str:
-    """Writes the chunks in order and verifies each; the file's sha256. Raises ArtifactError where a chunk is not what
-    the manifest says, or the file cannot be written (a full disk): what was written till then is of no use."""
-    whole = hashlib.sha256()
-    with written(path), path.open("wb") as file, ThreadPoolExecutor(2) as beside:
-        for index, chunk in enumerate(manifest.chunks):
+def write_binary(path: Path, manifest: Manifest, read_chunk: ReadChunk, first: int = 0) -> str:
+    """Writes the chunks, from chunk `first` on and then from chunk 0 on, and verifies each; the file's sha256. Raises
+    ArtifactError where a chunk is not what the manifest says, or the file cannot be written (a full disk): what was
+    written till then is of no use."""
+    whole, chunks = hashlib.sha256(), manifest.chunks
+    in_order = first or len(chunks)  # so many from chunk 0 on come in order, and are hashed as they come
+    with written(path), path.open("w+b") as file, ThreadPoolExecutor(2) as beside:
+        for index in (*range(first, len(chunks)), *range(first)):
             data = read_chunk(index)
+            file.seek(chunks[index].offset)
             # The three passes over a chunk at once: together they are all of the time this takes.
-            passes = beside.submit(whole.update, data), beside.submit(file.write, data)
-            check_digest(f"chunk {index} of {manifest.artifact_id}", bytes_sha256(data), chunk.sha256)
+            passes: list[Future[object]] = [beside.submit(file.write, data)]
+            if index < in_order:
+                passes.append(beside.submit(whole.update, data))
+            check_digest(f"chunk {index} of {manifest.artifact_id}", bytes_sha256(data), chunks[index].sha256)
             for each in passes:
                 each.result()
+        for chunk in chunks[in_order:]:
+            file.seek(chunk.offset)
+            whole.update(file.read(chunk.bytes))
     return whole.hexdigest()
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     for name, content in files.items():
         with written(folder / name):
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from cluster.bench.records import Load, Run, Sent, Settings
+from cluster.bench.load_records import Load, LoadSettings, Run, Sent
 
 PERCENTS = (50, 95, 99)
 
@@ -107,7 +107,7 @@ def ratios(runs: Iterable[Run], baseline: Iterable[Run]) -> dict[str, Spread]:
     return {name: value for name, value in quotients.items() if value is not None}
 
 
-def levels_of(runs: Sequence[Run], settings: Settings) -> list[Level]:
+def levels_of(runs: Sequence[Run], settings: LoadSettings) -> list[Level]:
     """Of the loads that were begun. A run that was interrupted counts only where its server has no other."""
     found = []
     for load in settings.loads:

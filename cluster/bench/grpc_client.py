@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from cluster.bench.records import Failure, Fields, Now, Prompt, Reply
+from cluster.bench.load_records import Failure, Fields, Now, Prompt, Reply
 from protos import inference_pb2 as pb
 
 METHOD = f"/{pb.DESCRIPTOR.services_by_name['Inference'].full_name}/GenerateStream"

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from cluster.bench.records import Now
+from cluster.bench.load_records import Now
 
 MAX_HEAD = 1 << 16
 CRLF = b"\r\n"
 
 
-class Body(Protocol):
+class ResponseBody(Protocol):
     """`done`: all of it was fed. `open_ended`: it ends where the connection does."""
 
     done: bool
@@ -81,7 +81,7 @@ class Answer:
         self.headers: dict[str, str] = {}
         self.pieces: list[tuple[float, bytes]] = []
         self._head = b""
-        self._body: Body | None = None
+        self._body: ResponseBody | None = None
 
     @property
     def done(self) -> bool:
@@ -137,7 +137,7 @@ class ClosedUnusedError(ConnectionError):
     """The server had closed a connection that was kept open, before it saw the request: safe to ask again."""
 
 
-class Connection(asyncio.Protocol):
+class BenchConnection(asyncio.Protocol):
     """To a server, for one request after another."""
 
     def __init__(self, now: Now) -> None:

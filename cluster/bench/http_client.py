@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from cluster.bench.http1 import Answer, ClosedUnusedError, Connection
-from cluster.bench.records import Failure, Fields, Now, Prompt, Reply
+from cluster.bench.http1 import Answer, BenchConnection, ClosedUnusedError
+from cluster.bench.load_records import Failure, Fields, Now, Prompt, Reply
 
 CONNECT_TIMEOUT_S = 10
 DONE = b"[DONE]"
@@ -34,7 +34,7 @@ class HttpClient:
             f"Host: {parts.netloc.rpartition('@')[2]}\r\n"
             f"Content-Type: application/json\r\nAccept: text/event-stream\r\n{key}Content-Length: "
         )
-        self._idle: list[Connection] = []
+        self._idle: list[BenchConnection] = []
 
     async def complete(self, prompt: Prompt, fields: Fields) -> Reply:
         body = json.dumps(self._body | {"prompt": prompt} | dict(fields)).encode()
@@ -51,7 +51,7 @@ class HttpClient:
         for connection in self._idle:
             connection.close()
 
-    async def _ask(self, request: bytes) -> tuple[Connection, Answer]:
+    async def _ask(self, request: bytes) -> tuple[BenchConnection, Answer]:
         while True:
             connection = await self._connection()
             try:
@@ -61,12 +61,12 @@ class HttpClient:
                 # when all kept ones are used up, does not raise this.
                 continue
 
-    async def _connection(self) -> Connection:
+    async def _connection(self) -> BenchConnection:
         while self._idle:
             if (connection := self._idle.pop()).is_open:
                 return connection
         making = asyncio.get_running_loop().create_connection(
-            lambda: Connection(self._now), self._host, self._port, ssl=self._tls
+            lambda: BenchConnection(self._now), self._host, self._port, ssl=self._tls
         )
         _, made = await asyncio.wait_for(making, CONNECT_TIMEOUT_S)
         return made

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.bench.figures import Level, spreads
-from cluster.bench.records import Settings
+from cluster.bench.load_records import LoadSettings
 from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def check_plot(file: Path) -> None:
         raise ConfigError("plot: needs matplotlib; pip install 'nibble-serve[bench]'") from None
 
 
-def plot(levels: list[Level], settings: Settings, file: Path) -> None:
+def plot(levels: list[Level], settings: LoadSettings, file: Path) -> None:
     """A row of panels for each kind of load; PNG or SVG by the file's name."""
     from matplotlib.figure import Figure
 
@@ -53,7 +53,7 @@ def sorted_levels(levels: list[Level], kind: str) -> list[Level]:
     return sorted((level for level in levels if level.load.kind == kind), key=lambda level: level.load.value)
 
 
-def draw(axes: Axes, panel: Any, levels: list[Level], settings: Settings) -> None:
+def draw(axes: Axes, panel: Any, levels: list[Level], settings: LoadSettings) -> None:
     """Medians over rounds; bars on the solid curve reach from the least to the greatest."""
     title, unit, scale, curves = panel
     for place, server in enumerate(settings.servers):

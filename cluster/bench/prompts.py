@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from cluster.bench.records import Prompt
+from cluster.bench.load_records import Prompt
 from cluster.errors import ConfigError
 
 TOKEN_PROMPTS = "token ids"

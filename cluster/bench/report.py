@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cluster.bench.figures import PERCENTS, Level, Spread, counted_by, errors_of, levels_of, ratios, spreads
-from cluster.bench.records import Run, Settings
+from cluster.bench.load_records import LoadSettings, Run
 
 MAX_ERRORS = 5  # kinds shown of a server under one load
 # The median count of output tokens may miss what was asked for by rounding, not by more.
@@ -37,7 +37,7 @@ SECTION_ENDS = ("requests_per_s", "ttft_p99_s", "tpot_p99_s", "gap_p99_s", "late
 RATIOS = tuple(row.figure for row in ROWS if not row.figure.endswith("_tokens"))
 
 
-def show(runs: list[Run], settings: Settings, console: Console) -> None:
+def show(runs: list[Run], settings: LoadSettings, console: Console) -> None:
     for server in settings.servers:
         console.print(str(server))
     for level in levels_of(runs, settings):
@@ -46,7 +46,7 @@ def show(runs: list[Run], settings: Settings, console: Console) -> None:
             console.print(line)
 
 
-def level_table(level: Level, settings: Settings) -> Table:
+def level_table(level: Level, settings: LoadSettings) -> Table:
     """Medians over rounds with the least and the greatest; of ratios too, each of two runs of the same round."""
     labels = [server.label for server in settings.servers]
     others = [] if settings.baseline is None else [n for n in range(len(labels)) if n != settings.baseline]
@@ -75,7 +75,7 @@ def number(value: float) -> str:
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
-def remarks(level: Level, settings: Settings) -> Iterator[str]:
+def remarks(level: Level, settings: LoadSettings) -> Iterator[str]:
     """What the table's figures do not say."""
     for server, runs in zip(settings.servers, level.runs, strict=True):
         figures = spreads(runs)

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bench.figures import Level, Spread, counted_by, errors_of, figures_of, levels_of, ratios, spreads
-from cluster.bench.records import Run, Sent, Settings
-from cluster.isa import available_cores
+from cluster.bench.load_records import LoadSettings, Run, Sent
+from cluster.machine.isa import available_cores
 
 FORMAT = 1
 PACKAGES = ("nibble-serve", "grpcio", "protobuf")
 
 
-def results(runs: list[Run], settings: Settings, raw: bool) -> dict[str, Any]:
+def results(runs: list[Run], settings: LoadSettings, raw: bool) -> dict[str, Any]:
     """Times are seconds. `raw`: with every request, its times counted from the start of its run."""
     return {
         "format": FORMAT,
@@ -58,7 +58,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def level_object(level: Level, settings: Settings, raw: bool) -> dict[str, Any]:
+def level_object(level: Level, settings: LoadSettings, raw: bool) -> dict[str, Any]:
     baseline = None if settings.baseline is None else level.runs[settings.baseline]
     return {
         "load": asdict(level.load),

@@ -10,8 +10,20 @@ from datetime import datetime, timezone
 from itertools import count
 
 from cluster.bench.figures import figures_of
+from cluster.bench.load_records import (
+    Client,
+    Ending,
+    Failure,
+    Fields,
+    Load,
+    LoadClock,
+    LoadSettings,
+    Prompt,
+    Reply,
+    Run,
+    Sent,
+)
 from cluster.bench.prompts import TOKEN_PROMPTS
-from cluster.bench.records import Client, Clock, Ending, Failure, Fields, Load, Prompt, Reply, Run, Sent, Settings
 from cluster.bench.schedule import arrivals, request_count, turns
 from cluster.errors import NibbleError
 
@@ -40,11 +52,11 @@ class Bench:
     """One benchmark. `client_of` makes the client for a server by its place in the settings. `runs` holds what was
     measured so far, also after an interruption."""
 
-    settings: Settings
+    settings: LoadSettings
     client_of: Callable[[int], Client]
     prompts: Iterator[Prompt]
     say: Say
-    clock: Clock = field(default_factory=SystemClock)
+    clock: LoadClock = field(default_factory=SystemClock)
     runs: list[Run] = field(default_factory=list)
 
     async def measure(self) -> None:
@@ -120,7 +132,7 @@ class Bench:
 
 
 async def closed_loop(
-    send: Send, workers: int, number: int | None, duration_s: float | None, start: float, clock: Clock
+    send: Send, workers: int, number: int | None, duration_s: float | None, start: float, clock: LoadClock
 ) -> None:
     """`number` and `duration_s` bound what is begun; what was begun is waited for."""
     left = iter(count() if number is None else range(number))
@@ -136,7 +148,7 @@ async def closed_loop(
     await asyncio.gather(*(worker() for _ in range(workers)))
 
 
-async def open_loop(send: Send, dues: Sequence[float], start: float, clock: Clock) -> None:
+async def open_loop(send: Send, dues: Sequence[float], start: float, clock: LoadClock) -> None:
     """Sends at each of the times, seconds from the start, whatever is outstanding."""
     tasks: list[asyncio.Future[bool]] = []
     try:
@@ -183,7 +195,7 @@ def hint(failure: Failure, prompts: str) -> str:
     return ""
 
 
-def run_line(run: Run, settings: Settings) -> str:
+def run_line(run: Run, settings: LoadSettings) -> str:
     label, figures, failed = settings.servers[run.server].label, figures_of(run), len(run.requests) - len(run.succeeded)
     line = f"{run.load}, round {run.round + 1} of {settings.rounds}, {label}: "
     if "ttft_p50_s" in figures:

@@ -6,7 +6,7 @@ import math
 from itertools import count, takewhile
 from random import Random
 
-from cluster.bench.records import Load, Settings
+from cluster.bench.load_records import Load, LoadSettings
 
 LEAST_REQUESTS = 8
 REQUESTS_A_WORKER = 4
@@ -38,7 +38,7 @@ def arrivals(rate: float, requests: int | None, duration_s: float | None, seed: 
     return list(takewhile(lambda due: due < limit, (following() for _ in numbers)))
 
 
-def turns(settings: Settings) -> list[tuple[Load, int, int]]:
+def turns(settings: LoadSettings) -> list[tuple[Load, int, int]]:
     """(load, round, server) of every run in order. The servers take turns within each round, and every other round
     begins with the last of them: what changes on the machine meanwhile, changes for all."""
     places = range(len(settings.servers))

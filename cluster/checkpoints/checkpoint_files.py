@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from io import BufferedReader
 from pathlib import Path
@@ -11,7 +12,7 @@ from cluster.errors import CheckpointError
 
 # A repository cloned without git-lfs has, in the place of each large file, a text of three lines that begins so.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
+_UTF_8_MARK, _UTF_16_MARKS = codecs.BOM_UTF8, (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def open_binary(path: Path) -> BufferedReader:
@@ -30,16 +31,19 @@ def open_binary(path: Path) -> BufferedReader:
     return file
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Of UTF-8 without a byte order mark, as transformers reads every JSON file of a checkpoint. Raises CheckpointError
-    for anything else."""
+def read_without_mark(path: Path) -> bytes:
+    """The content of a file of text, without the byte order mark that some editors put before UTF-8. The libraries that
+    read such files (tokenizers, transformers) refuse it. Raises CheckpointError as open_binary does, and for UTF-16."""
     with open_binary(path) as file:
         content = file.read()
-    if content.startswith(_BYTE_ORDER_MARKS):
-        raise CheckpointError(
-            f"{path}: not JSON: begins with a byte order mark, which transformers does not read: save it as UTF-8"
-            " without one"
-        )
+    if content.startswith(_UTF_16_MARKS):
+        raise CheckpointError(f"{path}: found UTF-16, allowed is UTF-8: save it as that")
+    return content.removeprefix(_UTF_8_MARK)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Of UTF-8, with or without a byte order mark. Raises CheckpointError for anything else."""
+    content = read_without_mark(path)
     try:
         value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:

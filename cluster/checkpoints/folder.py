@@ -11,13 +11,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cluster.checkpoints.checkpoint_files import open_binary, read_json_object
+from cluster.artifacts.verified import remembered_sha256
+from cluster.checkpoints.checkpoint_files import open_binary, read_json_object, read_without_mark
 from cluster.checkpoints.weights import content_sha256, weight_files
 from cluster.errors import CheckpointError
 from cluster.families import ELSEWHERE, FAMILIES, FamilyName, architecture_names, fitting_family
-from cluster.isa import available_cores
+from cluster.machine.isa import available_cores
 
 CONFIG_FILE = "config.json"
+# The files of chat templates, with the templates' names. transformers writes those that are not the default into a
+# folder of their own. A later file of a name replaces an earlier one.
+TEMPLATE_FILES = {
+    "chat_template.jinja": "default",
+    "additional_chat_templates/default.jinja": "default",
+    "additional_chat_templates/tool_use.jinja": "tool_use",
+}
 # What transformers reads to tokenize and generate: everything an engine may want beside the binary.
 COMPANION_FILES = (
     CONFIG_FILE,
@@ -29,8 +37,9 @@ COMPANION_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    *TEMPLATE_FILES,
 )
+TEXT_SUFFIXES = (".json", ".jinja", ".txt")
 
 
 class PlanningFolder(NamedTuple):
@@ -57,6 +66,14 @@ def companion_files(checkpoint: Path) -> tuple[str, ...]:
     return tuple(name for name in COMPANION_FILES if (checkpoint / name).is_file())
 
 
+def read_companion(path: Path) -> bytes:
+    """The content of one of them, as the artifact gets it: text without a byte order mark, so that whatever reads the
+    artifact's files needs to know of none."""
+    if path.suffix in TEXT_SUFFIXES:
+        return read_without_mark(path)
+    return path.read_bytes()
+
+
 def check_companions(checkpoint: Path) -> None:
     """Raises CheckpointError for a file beside the weights that cannot be what its name says: JSON that is none, or a
     Git LFS pointer. Every reader of them, transformers among them, may then take them as they are."""
@@ -65,6 +82,19 @@ def check_companions(checkpoint: Path) -> None:
             read_json_object(checkpoint / name)
         else:
             open_binary(checkpoint / name).close()
+
+
+def check_links(checkpoint: Path) -> None:
+    """Raises CheckpointError for a file beside the weights that is a link to one elsewhere: its content would get into
+    the artifact, for everyone to read. The Hub's cache links from a snapshot's folder to the repository's blobs."""
+    folder = checkpoint.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    for name in companion_files(checkpoint):
+        target = (checkpoint / name).resolve()
+        if not (target.is_relative_to(folder) or target.is_relative_to(blobs)):
+            raise CheckpointError(
+                f"{checkpoint / name}: found a link to {target}, outside of the checkpoint; put the file itself there"
+            )
 
 
 def check_family(checkpoint: Path, config: dict[str, Any], family: FamilyName) -> None:
@@ -84,17 +114,24 @@ def check_family(checkpoint: Path, config: dict[str, Any], family: FamilyName) -
     )
 
 
-def checkpoint_digest(checkpoint: Path, known_sha256: Mapping[str, str] | None = None) -> str:
+def checkpoint_digest(
+    checkpoint: Path, known_sha256: Mapping[str, str] | None = None, memory: Path | None = None
+) -> str:
     """sha256 over the name, length and sha256 of every file that a conversion uses. The first half of an artifact's
     content address: two checkpoints with the same content have the same digest, in whatever folder or on the Hub.
-    `known_sha256`: of files that need not be read, by name. Raises CheckpointError for a file that is read and does not
+    `known_sha256`: of files that need not be read, by name. `memory`: a folder that remembers the sha256 of weights, so
+    that only those that have changed are read. Raises CheckpointError for a file that is read and does not
     have the checksums that are in it."""
     read_config(checkpoint)
     known = known_sha256 or {}
     names = (*companion_files(checkpoint), *weight_files(checkpoint))
     digest = hashlib.sha256()
     with ThreadPoolExecutor(available_cores()) as pool:
-        hashes = pool.map(lambda name: known.get(name) or content_sha256(checkpoint / name), names)
+        hashes = pool.map(lambda name: known.get(name) or weights_sha256(checkpoint / name, memory), names)
         for name, sha256 in zip(names, hashes, strict=True):
             digest.update(f"{name}\0{(checkpoint / name).stat().st_size}\0{sha256}\0".encode())
     return digest.hexdigest()
+
+
+def weights_sha256(path: Path, memory: Path | None) -> str:
+    return content_sha256(path) if memory is None else remembered_sha256(path, memory, content_sha256)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from cluster.checkpoints.folder import PlanningFolder
+from cluster.checkpoints.folder import PlanningFolder, check_links
 from cluster.errors import CheckpointError
+from cluster.machine.home import expanded
 
 BUILTIN_PREFIX = "builtin:"
 DEMOS = Path(__file__).parents[1] / "demos"
@@ -40,6 +41,7 @@ class FolderSource:
     folder: Path
 
     def planning(self) -> AbstractContextManager[PlanningFolder]:
+        check_links(self.folder)
         return nullcontext(PlanningFolder(self.folder, {}))
 
     def files(self, names: Iterable[str]) -> Path:
@@ -56,12 +58,12 @@ class HubSource:
         return f"{self.repo}@{self.commit}"
 
     def planning(self) -> AbstractContextManager[PlanningFolder]:
-        from cluster.checkpoints.hub import planning_folder
+        from cluster.checkpoints.hub.repository import planning_folder
 
         return planning_folder(self.repo, self.commit)
 
     def files(self, names: Iterable[str]) -> Path:
-        from cluster.checkpoints.hub import download
+        from cluster.checkpoints.hub.repository import download
 
         return download(self.repo, self.commit, names)
 
@@ -71,7 +73,7 @@ def open_source(source: str) -> Source:
     checkpoint, saying what was looked for."""
     if source.startswith(BUILTIN_PREFIX):
         return FolderSource(source, builtin_checkpoint(source.removeprefix(BUILTIN_PREFIX)))
-    folder = Path(source).expanduser()
+    folder = expanded(Path(source), "checkpoint")
     if folder.is_dir():
         return FolderSource(str(folder.absolute()), folder.absolute())
     repository = _REPOSITORY.match(source) if is_repository(source) else None
@@ -80,7 +82,7 @@ def open_source(source: str) -> Source:
             f"checkpoint: {source!r} is no folder on this node; allowed are a folder, org/repo[@revision] on the Hub"
             f" and {', '.join(BUILTIN_PREFIX + name for name in builtin_names())}"
         )
-    from cluster.checkpoints.hub import resolve_revision
+    from cluster.checkpoints.hub.repository import resolve_revision
 
     return HubSource(repository["repo"], resolve_revision(repository["repo"], repository["revision"]))
 
@@ -88,7 +90,7 @@ def open_source(source: str) -> Source:
 def is_repository(source: str) -> bool:
     """Whether this names a Hub repository; answered without asking the Hub."""
     named = not source.startswith((BUILTIN_PREFIX, ".")) and ".." not in source and _REPOSITORY.match(source)
-    return bool(named) and not Path(source).expanduser().exists()
+    return bool(named) and not expanded(Path(source), "checkpoint").exists()
 
 
 def builtin_names() -> list[str]:

@@ -216,6 +216,7 @@ def _check_length(path: Path, tensor: str, kind: str, shape: tuple[int, ...], fo
         )
 
 
+# Our own: huggingface_hub's parser accepts gaps, overlaps and truncation; safetensors' safe_open gives no data offsets.
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """The header of a safetensors file, where its data begins, and how many bytes of data the file holds."""
     size = path.stat().st_size

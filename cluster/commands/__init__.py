@@ -1,1 +1,1 @@
-"""What the subcommands of `nibble` do, one file each; `cluster/cli.py` parses their arguments."""
+"""What the subcommands of `nibble` do, one file each; `cluster/cli/` parses their arguments."""

@@ -15,9 +15,9 @@ from string import ascii_uppercase
 from rich.console import Console
 
 from cluster.bench.figures import levels_of
+from cluster.bench.load_records import Client, Load, LoadSettings, Now, Prompt, Server
 from cluster.bench.plot import check_plot, plot
 from cluster.bench.prompts import TOKEN_PROMPTS, WORD_PROMPTS, file_prompts, token_prompts, word_prompts
-from cluster.bench.records import Client, Load, Now, Prompt, Server, Settings
 from cluster.bench.report import show
 from cluster.bench.results import results
 from cluster.bench.runner import Bench, SystemClock
@@ -77,7 +77,7 @@ def write(measured: Bench, options: Options) -> None:
         plot(levels_of(measured.runs, measured.settings), measured.settings, file)
 
 
-def client_of(place: int, settings: Settings, now: Now) -> Client:
+def client_of(place: int, settings: LoadSettings, now: Now) -> Client:
     server, key = settings.servers[place], os.environ.get(API_KEY_VARIABLE)
     if place == settings.baseline:
         key = os.environ.get(COMPARE_KEY_VARIABLE, key)
@@ -90,7 +90,7 @@ def client_of(place: int, settings: Settings, now: Now) -> Client:
     return GrpcClient(server.url, server.model, settings.output_tokens, key, now)
 
 
-def settings_of(options: Options) -> Settings:
+def settings_of(options: Options) -> LoadSettings:
     """Raises ConfigError, naming the option."""
     urls = [*options.urls, *([options.compare] if options.compare else [])]
     models = [options.model] * len(options.urls) + [options.compare_model or options.model]
@@ -98,7 +98,7 @@ def settings_of(options: Options) -> Settings:
         raise ConfigError("compare-model: found without --compare, whose model it names; give both")
     if len(urls) > len(ascii_uppercase):
         raise ConfigError(f"url: found {len(urls)} servers, allowed are {len(ascii_uppercase)}")
-    return Settings(
+    return LoadSettings(
         servers=tuple(
             Server(label, checked_url(url), model)
             for label, url, model in zip(ascii_uppercase, urls, models, strict=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from cluster.errors import NibbleError, RequestError
 from deployments.client import NibbleClient
-from deployments.status import status_of
+from deployments.error_statuses import status_of
 
 
 def generate(
@@ -25,21 +26,23 @@ def generate(
 
     Raises NibbleError with the server's own message and its status.
     """
+    with server_errors(url), NibbleClient(url) as client:
+        if stream:
+            pieces = (
+                client.stream_chat(model, messages, **options) if messages else client.stream(model, prompt, **options)
+            )
+            with pieces:
+                yield from (piece.text for piece in pieces)
+        else:
+            whole = client.chat(model, messages, **options) if messages else client.complete(model, prompt, **options)
+            yield whole.text
+
+
+@contextmanager
+def server_errors(url: str) -> Iterator[None]:
+    """A refusal becomes a NibbleError with the server's own message and its status."""
     try:
-        with NibbleClient(url) as client:
-            if stream:
-                pieces = (
-                    client.stream_chat(model, messages, **options)
-                    if messages
-                    else client.stream(model, prompt, **options)
-                )
-                with pieces:
-                    yield from (piece.text for piece in pieces)
-            else:
-                whole = (
-                    client.chat(model, messages, **options) if messages else client.complete(model, prompt, **options)
-                )
-                yield whole.text
+        yield
     except RequestError as error:
         status = status_of(error)
         code = f"gRPC {status.grpc.name}" if url.startswith("grpc") else f"HTTP {status.http}"

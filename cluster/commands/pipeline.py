@@ -22,14 +22,14 @@ from cluster.conversion.wanted import Wanted
 from cluster.display import ConversionDisplay
 from cluster.errors import ConfigError
 from cluster.families import FamilyName
-from cluster.isa import available_cores
-from deployments.api.openai_objects import CompletionObject, completion_object, usage_object
+from cluster.machine.isa import available_cores
+from deployments.api.http.openai_objects import CompletionObject, completion_object, usage_object
 from deployments.engines.base import TokenRequest
 from deployments.engines.bigdl.engine import BigdlEngine
 from deployments.generation.generation import generate_text
 from deployments.generation.text import Tokenizer
 from deployments.records import GenerationRequest, SamplingParams
-from deployments.routing.router import Completion, joined
+from deployments.routing.sequences import WholeSequence, joined
 
 MAX_TOKENS = 32  # n_predict of the reference example
 CONTEXT = 512  # n_ctx of the reference example
@@ -99,7 +99,7 @@ def fast_forward(
         sampling=SamplingParams(temperature=0),
     )
 
-    async def run() -> Completion:
+    async def run() -> WholeSequence:
         return joined([chunk async for chunk in generate_text(engine, tokenizer, request)])
 
     whole = asyncio.run(run())

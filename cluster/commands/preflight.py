@@ -4,21 +4,25 @@ its replicas fit into memory. `nibble serve --dry-run` and `nibble convert --dry
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import NamedTuple
 
-from cluster.config import ArtifactsConfig, ModelConfig, NibbleConfig
+from cluster.config import ArtifactsConfig, NibbleConfig
 from cluster.conversion.outline import Outline, read_outline
 from cluster.conversion.wanted import Wanted, wanted_artifacts
 from cluster.errors import ConfigError, HubUnavailableError
-from cluster.isa import available_memory, cpu_flags
+from cluster.machine.isa import available_memory, cpu_flags
+from cluster.machine.topology import ThreadRoom, thread_room
+from cluster.model_config import ModelConfig
 from deployments.engines.needs import ADVICE, ReplicaNeeds, check_planned, gib, replica_needs
 
 
 class Node(NamedTuple):
-    """What counts of a node: bytes that are free there, and its CPU's flags."""
+    """What counts of a node: bytes that are free there, its CPU's flags, and how many threads fit."""
 
     memory: int
     flags: frozenset[str]
+    room: ThreadRoom
 
 
 class PlannedModel(NamedTuple):
@@ -34,7 +38,7 @@ class PlannedModel(NamedTuple):
 
 
 def this_node() -> Node:
-    return Node(available_memory(), cpu_flags())
+    return Node(available_memory(), cpu_flags(), thread_room())
 
 
 def plan_models(
@@ -69,6 +73,13 @@ def plan_in_cluster(config: NibbleConfig) -> tuple[list[PlannedModel], list[Node
     return planned, nodes
 
 
+def checked_in_cluster(config: NibbleConfig) -> list[str]:
+    """What is to be told of the configuration there; raises as plan_in_cluster and check_fits_any do."""
+    planned, nodes = plan_in_cluster(config)
+    check_fits_any(planned, nodes)
+    return thread_notes(planned, nodes)
+
+
 def check_fits_any(planned: Sequence[PlannedModel], nodes: Sequence[Node]) -> None:
     """Raises ConfigError, with figures, for a model of which no node has room for one replica."""
     if not nodes:
@@ -80,6 +91,40 @@ def check_fits_any(planned: Sequence[PlannedModel], nodes: Sequence[Node]) -> No
                 f"{each.field} ({each.config.name}): a replica needs at least {each.needs(largest)} of memory, the node"
                 f" with the most has {gib(largest.memory)} GiB free; use {ADVICE}"
             )
+
+
+def thread_notes(planned: Sequence[PlannedModel], nodes: Sequence[Node]) -> list[str]:
+    """A line for each model that has more threads than any node has room for where they are fast: on physical cores of
+    their own, in one NUMA node. What no node can run waits for one that can."""
+    notes: list[str] = []
+    if not nodes:
+        return notes
+    most = ThreadRoom(*map(max, zip(*(node.room for node in nodes), strict=True)))
+    for each in planned:
+        threads = each.config.threads
+        if threads > most.cpus:
+            why = (
+                f"no node has more than {most.cpus} CPUs for a replica (its cores, or the CPU quota); it waits for one"
+            )
+        elif threads > most.cores:
+            why = f"no node has more than {most.cores} physical cores; threads that share one (SMT) add little"
+        elif threads > most.numa_cores:
+            why = f"no NUMA node has more than {most.numa_cores} cores; more replicas with fewer threads are faster"
+        else:
+            continue
+        notes.append(f"{each.field}.threads: found {threads} ({each.config.name}), but {why}")
+    return notes
+
+
+def check_traces(config: NibbleConfig) -> None:
+    """Raises ConfigError for traces that could not be exported from here. A node of another machine whose package is
+    missing only warns."""
+    try:
+        found = find_spec("opentelemetry.exporter.otlp.proto.http")
+    except ModuleNotFoundError:
+        found = None
+    if config.observability.traces and found is None:
+        raise ConfigError("observability.traces: needs the extra otlp; pip install 'nibble-serve[otlp]'")
 
 
 def check_fit_together(planned: Sequence[PlannedModel], node: Node) -> None:
@@ -94,9 +139,9 @@ def check_fit_together(planned: Sequence[PlannedModel], node: Node) -> None:
 
 
 def together(planned: PlannedModel, node: Node) -> int:
-    """Bytes of a model's least number of replicas on one node, which share its files."""
-    needs = planned.needs(node)
-    return needs.shared + planned.config.replicas.min * needs.own
+    """Bytes of a model's least number of replicas on one node, which share its files; 0 where that is none."""
+    needs, least = planned.needs(node), planned.config.replicas.min
+    return needs.shared + least * needs.own if least else 0
 
 
 def report(planned: Sequence[PlannedModel], nodes: Sequence[Node]) -> list[str]:
@@ -106,6 +151,7 @@ def report(planned: Sequence[PlannedModel], nodes: Sequence[Node]) -> list[str]:
     for each in planned:
         lines += [f"{each.config.name}: {describe_outline(made)}" for made in each.outlines]
         lines.append(f"{each.config.name}: a replica needs at least {each.needs(node)}")
+    lines += thread_notes(planned, nodes)
     free = ", ".join(f"{gib(each.memory)} GiB" for each in nodes)
     return [*lines, f"memory free on {len(nodes)} node(s): {free}"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import signal
+import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -18,19 +19,23 @@ from cluster.commands.preflight import (
     PlannedModel,
     check_fit_together,
     check_fits_any,
+    check_traces,
+    checked_in_cluster,
     plan_in_cluster,
     plan_models,
     report,
     this_node,
+    thread_notes,
 )
-from cluster.commands.status import ask, deployment_state, ray_serve, running, serve_deployments, waiting_cpus
-from cluster.config import ROUTER_NAME, ModelConfig, NibbleConfig
-from cluster.conversion.wanted import Wanted
+from cluster.commands.status import ask, run
+from cluster.config import NibbleConfig
 from cluster.errors import ConfigError, NibbleError
 from cluster.families import FAMILIES
-from cluster.isa import available_cores
+from cluster.machine.home import is_writable
+from cluster.machine.isa import available_cores
+from cluster.model_config import ROUTER_APP, ROUTER_NAME, ModelConfig
 from cluster.noted import noted
-from cluster.ray_cluster import CONVERSION_CPUS, joined_cluster, local_cluster
+from cluster.ray_cluster import joined_cluster, local_cluster
 from cluster.ray_errors import nibble_cause
 
 if TYPE_CHECKING:
@@ -40,27 +45,34 @@ POLL_S = 0.5
 ANSWER_TIMEOUT_S = 30
 FIRST_ANSWER_TOKENS = 12  # enough to see that it speaks: 64 take half a minute at 7 billion weights
 FIRST_ANSWER_TIMEOUT_S = 120
-# Between lines about a model whose state does not change.
-FIRST_REPEAT_S, LAST_REPEAT_S = 15, 60
+LOOK_S = 0.5  # until a configuration that is to be loaded again is
 
 
 def serve(
-    config: NibbleConfig, address: str | None, console: Console, verbose: bool = False, dry_run: bool = False
+    load: Callable[[], NibbleConfig],
+    address: str | None,
+    console: Console,
+    verbose: bool = False,
+    dry_run: bool = False,
 ) -> None:
-    """Returns after SIGINT or SIGTERM, with all that it started ended. Raises NibbleError for what cannot be served.
-    `dry_run`: says what it would do, and does none of it."""
+    """Starts Ray or joins it, brings it to the configuration, and stays. Returns after SIGINT or SIGTERM, with all that
+    it started ended; at SIGHUP it loads the configuration again and applies it. Raises NibbleError for what cannot be
+    served. `dry_run`: says what it would do, and does none of it."""
+    config = load()
     say = console.print
     check_access(config, address is not None, say)
+    check_traces(config)
     if dry_run:
         for line in dry_run_report(config, address):
             say(line)
         return
     if address is None:
-        check_local(config)
+        for note in thread_notes(check_local(config), [this_node()]):
+            say(note)
     with ExitStack() as stack:
         try:
             if address is None:
-                ray_address = stack.enter_context(local_cluster(local_cpus(config, say), verbose))
+                ray_address = stack.enter_context(local_cluster(local_cpus(config, say), verbose, config.limits))
             else:
                 ray_address = stack.enter_context(joined_cluster(address, verbose))
             # After Ray has started, which takes SIGTERM for itself and then dies of it without ending its node.
@@ -68,34 +80,95 @@ def serve(
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             say(f"Ray cluster at {ray_address}")
             if address is not None:
-                check_fits_any(*plan_in_cluster(config))
-            from deployments.app import published_artifacts  # Serve reads the cluster's settings when it is imported
+                for note in checked_in_cluster(config):
+                    say(note)
+            # Serve reads the cluster's settings when it is imported.
+            from cluster.commands.rollout import Rollout
 
-            wanted = published_artifacts(config, console)
             if address is not None:  # a node of our own ends with all that runs on it
                 stack.callback(undeploy)
-            deploy(config, wanted)
-            url, grpc_address = addresses(config)
             stack.enter_context(noted(ray_address))
-            wait_ready(config, say)
+            Rollout(config, None, console).run()
+            url, grpc_address = addresses(config)
             wait_answering(url)
             say(f"\nHTTP {url}  gRPC {grpc_address}")
             greet(config, url, grpc_address, say)
             say("\nCtrl-C ends it.")
-            signal.pause()
+            stay(load, console)
         except KeyboardInterrupt:
-            # What was started must be ended, however often Ctrl-C is pressed.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             say("Stopping…")
+            stop(say)
+
+
+def stay(load: Callable[[], NibbleConfig], console: Console) -> None:
+    """Until SIGINT or SIGTERM. A configuration that cannot be applied changes nothing."""
+    from cluster.commands.apply import apply
+
+    asked = False
+
+    def ask_for_it(*_: object) -> None:
+        nonlocal asked
+        asked = True
+
+    signal.signal(signal.SIGHUP, ask_for_it)
+    while True:
+        time.sleep(LOOK_S)
+        if asked:
+            asked = False
+            try:
+                apply(load(), console)
+            except NibbleError as error:
+                console.print(f"SIGHUP: {error}")
+
+
+def stop(say: Callable[[str], None]) -> None:
+    """Lets the requests in flight end. Whoever does not want to wait sends the signal again; what was started is ended
+    then, however often that comes."""
+    from cluster.commands.rollout import current_settings, drain
+
+    try:
+        settings = current_settings()
+        if settings is not None:
+            drain(settings, say)
+    except KeyboardInterrupt:
+        say("Ending the requests in flight…")
+    except Exception as error:  # noqa: BLE001 - whatever state the cluster is in, it is to end
+        say(f"The requests in flight are not waited for: {error}")
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def check_local(config: NibbleConfig) -> list[PlannedModel]:
-    """Before anything is started. Raises NibbleError for what this machine cannot convert or has no memory for."""
+    """Before anything is started. Raises NibbleError for ports in use, a cache that cannot be written, and for what
+    this machine cannot convert or has no memory for."""
+    check_ports(config)
+    if not is_writable(cache := config.artifacts.cache_dir):
+        raise ConfigError(f"artifacts.cache_dir: {cache} cannot be written; give a folder that can be")
     planned, node = plan_models(config), this_node()
     check_fits_any(planned, [node])
     check_fit_together(planned, node)
     return planned
+
+
+def check_ports(config: NibbleConfig) -> None:
+    """Raises ConfigError for a port that something else listens on."""
+    for key, port in (("http.port", config.http.port), ("grpc.port", config.grpc.port)):
+        try:
+            found = socket.getaddrinfo(config.http.host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise ConfigError(f"http.host: {config.http.host!r} is no address of this machine: {error}") from None
+        family, kind, _, _, address = found[0]
+        with socket.socket(family, kind) as probe:
+            # As HAProxy binds: connections of a server that has ended do not keep its port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                raise ConfigError(
+                    f"{key}: {port} on {config.http.host} cannot be used: {error.strerror}; end what listens there, or"
+                    " choose another one"
+                ) from None
 
 
 def dry_run_report(config: NibbleConfig, address: str | None) -> list[str]:
@@ -145,7 +218,8 @@ def addresses(config: NibbleConfig) -> tuple[str, str]:
 
 
 def local_cpus(config: NibbleConfig, say: Callable[[str], None]) -> int:
-    """How many CPUs the local Ray node shall count: its cores, or more where the models ask for more.
+    """How many CPUs the local Ray node shall count, for replicas alone: for all that the models may have and as much
+    again, so that new versions run beside the old ones, but not less than its cores.
 
     Raises ConfigError for a model with more threads than this machine has cores.
     """
@@ -156,73 +230,21 @@ def local_cpus(config: NibbleConfig, say: Callable[[str], None]) -> int:
                 f"models[{index}].threads: found {model.threads}, this machine allows 1..{cores}"
                 " (its cores, or the cgroup's CPU quota)"
             )
-    if config.threads <= cores:
-        return cores
-    say(
-        f"The models ask for {config.threads} threads in all, this machine has {cores} cores:"
-        " their replicas share the cores evenly."
-    )
-    return config.threads + CONVERSION_CPUS
-
-
-def deploy(config: NibbleConfig, wanted: Sequence[Sequence[Wanted]]) -> None:
-    """Starts Serve with nibble's ports where it does not run yet, and deploys the application."""
-    from deployments.app import application, grpc_options
-    from deployments.ingress import APP_NAME
-
-    serve = ray_serve()
-    http = {"host": config.http.host, "port": config.http.port}
-    serve.start(http_options=http, grpc_options=grpc_options(config.grpc.port))
-    target = serve.RunTarget(application(config, wanted), name=APP_NAME, route_prefix="/")
-    serve.run_many([target], wait_for_applications_running=False)
+    if config.threads > cores:
+        say(
+            f"The models ask for {config.threads} threads in all, this machine has {cores} cores:"
+            " their replicas share the cores evenly."
+        )
+    return max(cores, 2 * sum(model.threads * model.replicas.max for model in config.models))
 
 
 def undeploy() -> None:
-    """Only nibble's application: Serve may have others in a cluster that was joined."""
-    from deployments.ingress import APP_NAME
+    """Only nibble's applications: Serve may have others in a cluster that was joined."""
+    from cluster.commands.rollout import current_settings, delete
 
-    ray_serve().delete(APP_NAME)
-
-
-class StateLines:
-    """What is said of models that start: each change of a model's state, and, while it is not ready, the same once more
-    with the time, at intervals that double up to a minute. A replica of 7 billion weights takes minutes."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._states: dict[str, str] = {}
-        self._began: dict[str, float] = {}  # by model, when it was first shown
-        self._due: dict[str, float] = {}
-
-    def show(self, model: str, state: str, ready: bool, now: float) -> None:
-        """`now` in seconds."""
-        began = self._began.setdefault(model, now)
-        if self._states.get(model) != state:
-            self._say(f"{model}: {state}")
-            self._states[model], self._due[model] = state, now + FIRST_REPEAT_S
-        elif not ready and now >= self._due[model]:
-            self._say(f"{model}: {state} ({now - began:.0f} s)")
-            self._due[model] = now + min(now - began, LAST_REPEAT_S)
-
-
-def wait_ready(config: NibbleConfig, say: Callable[[str], None]) -> None:
-    """Until every model has its smallest number of replicas; says each change, what does not fit included."""
-    lines = StateLines(say)
-    waiting = {model.name for model in config.models}
-    while waiting:
-        deployments, waiting_for_cpus = serve_deployments(), waiting_cpus()
-        for model in config.models:
-            status = deployments.get(model.name)
-            if status is None:
-                continue
-            if status.status == "DEPLOY_FAILED":
-                raise NibbleError(f"{model.name}: its replicas fail to start: {status.message}")
-            ready = running(status) >= model.replicas.min
-            if ready:
-                waiting.discard(model.name)
-            state = deployment_state(status, model.threads, waiting_for_cpus)
-            lines.show(model.name, state, ready, time.monotonic())
-        time.sleep(POLL_S)
+    settings = current_settings()
+    for app in (ROUTER_APP, *(settings.apps.values() if settings else ())):
+        delete(app)
 
 
 def wait_answering(url: str) -> None:
@@ -231,7 +253,7 @@ def wait_answering(url: str) -> None:
     deadline = time.monotonic() + ANSWER_TIMEOUT_S
     while True:
         try:
-            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+            if httpx.get(f"{url}/readyz", timeout=5, trust_env=False).status_code == 200:
                 return
             found = "it answers, but is not ready"
         except httpx.HTTPError as error:
@@ -257,12 +279,15 @@ def greet(config: NibbleConfig, url: str, grpc_address: str, say: Callable[[str]
     if keys:
         say(f"Requests need an API key of {keys}, which `nibble serve` has none of: no first answers are shown.")
         return
-    asyncio.run(show_first_answers(config.models, say))
+    run(show_first_answers(config.models, say))
 
 
 async def show_first_answers(models: Sequence[ModelConfig], say: Callable[[str], None]) -> None:
-    """All on one event loop, to which Serve's handles are bound. A model that cannot answer does not end the others."""
+    """A model that cannot answer does not end the others. What only a request starts is not asked."""
     for model in models:
+        if model.replicas.min == 0:
+            say(f"{model.name}: no first answer: its first request starts a replica (replicas.min is 0)")
+            continue
         tokens, prompt = min(FIRST_ANSWER_TOKENS, model.context // 2), demo_prompt(model)
         try:
             answer = await ask(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from typing import Any, NamedTuple
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import ray
 from ray.autoscaler.v2.sdk import get_cluster_status
@@ -13,9 +14,17 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cluster.artifact_store import store_handle
-from cluster.config import ROUTER_NAME, ModelConfig
-from cluster.isa import available_cores, choose_isa
+from cluster.errors import NibbleError
+from cluster.machine.isa import available_cores, isa_name
+from cluster.model_config import ROUTER_APP, ROUTER_NAME, ModelConfig
+from cluster.node_labels import unmet
 from cluster.restoring import on_node
+from cluster.serve_settings import SERVE_LOGGER, SERVING_STATES
+
+if TYPE_CHECKING:
+    from deployments.router_settings import RouterSettings
+
+T = TypeVar("T")
 
 PROBE_TIMEOUT_S = 30
 # Of the messages by which Ray Serve 2.60 warns of a replica that takes more than 30 s to be scheduled or to initialize
@@ -33,7 +42,7 @@ class NodeProbe(NamedTuple):
 def probe_node() -> NodeProbe:
     import platform
 
-    return NodeProbe(platform.node(), choose_isa(), available_cores())
+    return NodeProbe(platform.node(), isa_name(), available_cores())
 
 
 def status(console: Console) -> None:
@@ -55,7 +64,8 @@ def status(console: Console) -> None:
 
 
 def nodes_table() -> Table:
-    """Each node with the instruction set that the bigdl engine takes there unless the config says otherwise."""
+    """Each node with the instruction set that the bigdl engine takes there unless the config says otherwise, or the
+    architecture of one that cannot run it."""
     table = Table("node", "host", "address", "CPUs (Ray)", "cores", "instruction set", title="Nodes")
     nodes = [node for node in ray.nodes() if node["Alive"]]
     refs = [on_node(probe_node, node["NodeID"]).remote() for node in nodes]
@@ -67,27 +77,62 @@ def nodes_table() -> Table:
 
 def models_table() -> Table:
     table = Table("model", "replicas", "engine", "isa", "threads", "cores", title="Models")
-    deployments, waiting = serve_deployments(), waiting_cpus()
-    for model, info in asyncio.run(served_models(deployments)) if deployments else ():
-        state = deployment_state(deployments[model.name], model.threads, waiting)
+    waiting, labels = waiting_cpus(), node_labels()
+    for model, deployment, info in run(served_models()):
+        state = deployment_state(deployment, model, waiting, labels)
         isa, cores = str(info.get("isa", "")), str(info.get("cores", ""))
         table.add_row(model.name, state, model.engine, isa, str(model.threads), cores)
     return table
 
 
-async def served_models(deployments: dict[str, Any]) -> list[tuple[ModelConfig, dict[str, Any]]]:
-    """Each model, and what one of its replicas says of itself. All on one event loop, to which the handles are bound
-    where Serve is throughput-optimized."""
-    return [
-        (model, await ask(model.name, "info") if running(deployments[model.name]) else {})
-        for model in await ask(ROUTER_NAME, "configs")
-    ]
+_loop: asyncio.AbstractEventLoop | None = None
 
 
-async def ask(deployment: str, method: str, *arguments: Any, timeout_s: float = PROBE_TIMEOUT_S) -> Any:
-    from deployments.ingress import APP_NAME
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What it returns. Always on the same event loop, to which Serve binds each handle for good where it is
+    throughput-optimized."""
+    global _loop
+    _loop = _loop or asyncio.new_event_loop()
+    return _loop.run_until_complete(coroutine)
 
-    handle = ray_serve().get_deployment_handle(deployment, APP_NAME)
+
+async def served_models() -> list[tuple[ModelConfig, Any, dict[str, Any]]]:
+    """Each model, Serve's view of its deployment, and what one of its replicas says of itself."""
+    settings, found = await router_settings(), []
+    if settings is None:
+        return []
+    applications = serve_applications()
+    for model in settings.config.models:
+        app = settings.apps[model.name]
+        deployment = deployment_of(applications, app, model.deployment)
+        if deployment is not None:
+            info = await replica_info(model.name) if running(deployment) else {}
+            found.append((model, deployment, info))
+    return found
+
+
+async def replica_info(model: str) -> dict[str, Any]:
+    """What one of its replicas says of itself, by way of the router; empty where none answers."""
+    info: dict[str, Any] = await ask(ROUTER_NAME, "replica_info", model)
+    return info
+
+
+async def router_settings() -> RouterSettings | None:
+    """What the router in this cluster serves; None where there is no router. Raises NibbleError where it does not run:
+    what it serves is not known then."""
+    router = deployment_of(serve_applications(), ROUTER_APP, ROUTER_NAME)
+    if router is None:
+        return None
+    if not running(router):
+        raise NibbleError("the router of this cluster does not run at the moment; try again when it does")
+    settings: RouterSettings | None = await ask(ROUTER_NAME, "settings")
+    return settings
+
+
+async def ask(
+    deployment: str, method: str, *arguments: Any, app: str = ROUTER_APP, timeout_s: float = PROBE_TIMEOUT_S
+) -> Any:
+    handle = ray_serve().get_deployment_handle(deployment, app)
     return await asyncio.wait_for(getattr(handle, method).remote(*arguments), timeout_s)
 
 
@@ -95,7 +140,7 @@ def ray_serve() -> Any:
     """The module `ray.serve`, without the INFO lines that it logs on the driver's stderr from its import on."""
     from ray import serve
 
-    logger = logging.getLogger("ray.serve")
+    logger = logging.getLogger(SERVE_LOGGER)
     logger.setLevel(logging.WARNING)
     logger.addFilter(concerns_the_user)  # once, however often it is added
     return serve
@@ -107,16 +152,20 @@ def concerns_the_user(record: logging.LogRecord) -> bool:
     return "LongPollClient" not in record.getMessage()
 
 
-def serve_deployments() -> dict[str, Any]:
-    """Serve's view of nibble's deployments by name, empty while the application is not there."""
-    from deployments.ingress import APP_NAME
+def serve_applications() -> Mapping[str, Any]:
+    """Serve's view of all applications, by name."""
+    applications: Mapping[str, Any] = ray_serve().status().applications
+    return applications
 
-    application = ray_serve().status().applications.get(APP_NAME)
-    return dict(application.deployments) if application else {}
+
+def deployment_of(applications: Mapping[str, Any], app: str, name: str) -> Any:
+    """Serve's view of a deployment, None while it is not there."""
+    application = applications.get(app)
+    return application.deployments.get(name) if application else None
 
 
 def running(deployment: Any) -> int:
-    return int(deployment.replica_states.get("RUNNING", 0))
+    return sum(int(deployment.replica_states.get(state, 0)) for state in SERVING_STATES)
 
 
 def waiting_cpus() -> Counter[float]:
@@ -129,13 +178,25 @@ def waiting_cpus() -> Counter[float]:
     return counts
 
 
-def deployment_state(deployment: Any, threads: int, waiting: Counter[float]) -> str:
-    """How many replicas there are in which state, and what those that start wait for."""
+def node_labels() -> list[dict[str, str]]:
+    """Of each node."""
+    return [node["Labels"] for node in ray.nodes() if node["Alive"]]
+
+
+def deployment_state(
+    deployment: Any, model: ModelConfig, waiting: Counter[float], labels: Sequence[Mapping[str, str]]
+) -> str:
+    """How many replicas there are in which state, and what those that start wait for: CPUs, or a label of a node."""
+    if model.replicas.min == 0 and not any(deployment.replica_states.values()) and not deployment.message:
+        return "idle; its next request starts a replica"
     counts = {str(getattr(state, "value", state)): n for state, n in deployment.replica_states.items() if n}
     line = ", ".join(f"{n} {state.lower()}" for state, n in sorted(counts.items())) or "no replica yet"
-    if set(counts) - {"RUNNING"} and waiting[threads]:
-        free = ray.available_resources().get("CPU", 0)
-        return f"{line}; waits for a node with {threads} free CPUs (in the whole cluster {free:g} are free)"
+    if set(counts) - {*SERVING_STATES}:
+        if model.nodes and (lacking := unmet(model.nodes, labels)):
+            return f"{line}; {lacking}"
+        if waiting[model.threads]:
+            free = ray.available_resources().get("CPU", 0)
+            return f"{line}; waits for a node with {model.threads} free CPUs (in the whole cluster {free:g} are free)"
     # Serve's own words where a replica fails to start, say; not those that only tell how long it takes.
     told = deployment.message and SLOW_START not in deployment.message and not running(deployment)
     return f"{line}; {deployment.message}" if told else line

@@ -11,17 +11,18 @@ from rich.console import Console
 from rich.table import Table
 from ruamel.yaml import YAML
 
-from cluster.config import ModelConfig, load_config
+from cluster.config import load_config
 from cluster.conversion.local import convert_to_cache
 from cluster.conversion.wanted import wanted_artifacts
 from cluster.display import ConversionDisplay
 from cluster.errors import ConfigError
-from cluster.isa import available_cores
-from deployments.engines.measure import Load
+from cluster.machine.isa import available_cores
+from cluster.model_config import ModelConfig
+from deployments.engines.measure import EngineLoad
 from deployments.engines.splits import Result, splits, try_split
 
 
-def tune(path: Path, name: str | None, load: Load, rounds: int, write: bool, console: Console) -> None:
+def tune(path: Path, name: str | None, load: EngineLoad, rounds: int, write: bool, console: Console) -> None:
     """Raises ConfigError for a model that the config has not, and what converting or loading it raises."""
     config = load_config(path)
     model = _named(path, config.models, name)
@@ -36,7 +37,9 @@ def tune(path: Path, name: str | None, load: Load, rounds: int, write: bool, con
         console.print(f"written to {path}: threads and replicas of {model.name}")
 
 
-def fastest_split(model: ModelConfig, folders: Sequence[Path], load: Load, rounds: int, console: Console) -> Result:
+def fastest_split(
+    model: ModelConfig, folders: Sequence[Path], load: EngineLoad, rounds: int, console: Console
+) -> Result:
     """The one with the most tokens/s, and a table of all. Raises as try_split does."""
     cores = sorted(os.sched_getaffinity(0))[: available_cores()]
     console.print(

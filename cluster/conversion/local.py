@@ -33,7 +33,7 @@ from cluster.conversion.shard import shard_pieces
 from cluster.conversion.steps import PlannedConversion, complete, draft_manifest, plan_wanted, with_weights
 from cluster.conversion.wanted import Wanted
 from cluster.display import ConversionDisplay, ConversionProgress, describe
-from cluster.isa import available_cores
+from cluster.machine.isa import available_cores
 
 NODE = "this machine"  # in the place of a node's address
 
@@ -74,7 +74,7 @@ def find_or_plan(
     cached = find_cached(cache, wanted, display) if is_repository(wanted.source) else None
     if cached is not None:
         return cached
-    planned = plan_wanted(wanted, config.shard_size)
+    planned = plan_wanted(wanted, config)
     addressed = wanted.model_copy(update={"artifact_id": planned.artifact_id})
     return find_cached(cache, addressed, display) or planned
 

@@ -10,16 +10,12 @@ from typing import NamedTuple
 from cluster.artifacts.manifest import Manifest, TensorEntry
 from cluster.artifacts.node_cache import NodeCache
 from cluster.checkpoints.folder import read_config
-from cluster.checkpoints.hyperparameters import (
-    Hyperparameters,
-    artifact_hyperparameters,
-    read_hyperparameters,
-    require_engine,
-)
+from cluster.checkpoints.hyperparameters import artifact_hyperparameters, read_hyperparameters, require_engine
 from cluster.checkpoints.sources import is_repository, open_source
 from cluster.config import ArtifactsConfig
 from cluster.conversion.plan import plan_conversion
 from cluster.conversion.wanted import Wanted
+from cluster.families.architecture import Hyperparameters
 
 
 class Outline(NamedTuple):

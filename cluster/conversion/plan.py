@@ -9,23 +9,25 @@ from pathlib import Path
 
 from cluster.artifacts import ggml
 from cluster.artifacts.manifest import SHARD_BYTES, Quantization, Record, TensorEntry, TensorType
-from cluster.checkpoints.config_fields import NO_ENGINE
 from cluster.checkpoints.folder import check_companions, check_family, companion_files, read_config
-from cluster.checkpoints.hyperparameters import Hyperparameters, read_hyperparameters
-from cluster.checkpoints.vocabulary import read_vocabulary
+from cluster.checkpoints.hyperparameters import read_hyperparameters
+from cluster.checkpoints.tokenizer.vocabulary import read_vocabulary
 from cluster.checkpoints.weights import TensorSource, require_convertible, weight_sources
-from cluster.conversion.layouts import LAYOUTS, RowOrder, TensorRule, base_name, output_rows, tensor_rules
+from cluster.conversion.layouts import base_name, output_rows
 from cluster.errors import CheckpointError, ConfigError
-from cluster.families import FAMILY_NAMES, EngineName, FamilyName, family_named
+from cluster.families import FAMILIES, EngineName, FamilyName, family_named
+from cluster.families.architecture import Hyperparameters
+from cluster.families.config_fields import NO_ENGINE
+from cluster.families.family import Container
+from cluster.families.tensors import RowOrder, TensorRule
 
 # Part of an artifact's content address: raise it whenever the same checkpoint would give other bytes,
 # or other engines would run them.
 CONVERTER_VERSION = 2
 
-# bigdl-llm's own converter refuses bloom in 8 bits.
 _FAMILIES_OF: dict[str, tuple[FamilyName, ...]] = {
-    "q4_0": FAMILY_NAMES,
-    "q8_0": ("llama", "gptneox", "starcoder"),
+    "q4_0": tuple(FAMILIES),
+    "q8_0": tuple(name for name, family in FAMILIES.items() if family.library.q8_0),
 }
 
 
@@ -96,7 +98,7 @@ def plan_conversion(
     model = read_hyperparameters(checkpoint, config, family, quantization)
     sources = _named_sources(checkpoint, family, model.tied)
     rules = _checked_rules(checkpoint, family, model, sources)
-    container = ggml.CONTAINERS[family]
+    container = FAMILIES[family].container
     head = ggml.pack_head(container, model.header, read_vocabulary(checkpoint, family, model.vocabulary))
     tensors = tuple(_place_tensors(container, quantization, rules, sources, model, start=len(head)))
     size = tensors[-1].offset + tensors[-1].bytes
@@ -131,7 +133,7 @@ def _named_sources(checkpoint: Path, family: FamilyName, tied: bool) -> dict[str
 
     Of a tied model, one matrix stands in for the other where that is not stored; where both are stored, each is used.
     transformers 5 does the same (`PreTrainedModel.tie_weights`): it ties two stored matrices only if they are equal."""
-    layout = LAYOUTS[family]
+    layout = FAMILIES[family].layout
     sources: dict[str, TensorSource] = {}
     for stored, source in weight_sources(checkpoint).items():
         name = base_name(stored, layout)
@@ -155,7 +157,7 @@ def _checked_rules(
 ) -> list[TensorRule]:
     """The family's rules, every one of which has the tensor it needs; and no tensor is left that none needs."""
     rules = []
-    for rule in tensor_rules(family, model):
+    for rule in FAMILIES[family].tensors(model):
         source = sources.get(rule.source)
         if source is None:
             raise CheckpointError(
@@ -182,12 +184,12 @@ def _why(family: FamilyName, model: Hyperparameters, rule: TensorRule, sources: 
     stored = next((source.name for source in sources.values() if source.name.endswith(f".{rule.source}")), None)
     if stored is not None:
         return f"found {stored}: save the checkpoint anew with the names of transformers, without that prefix"
-    layout = LAYOUTS[family]
+    layout = FAMILIES[family].layout
     matrices = {layout.embedding, layout.output}
     if not model.tied and rule.source in matrices and matrices & sources.keys():
         return (
-            "with tie_word_embeddings false, as in llama and gptneox where config.json leaves it out, a checkpoint has"
-            f" both {layout.embedding} and {layout.output}: take one of the whole model (ForCausalLM), or set"
+            "with tie_word_embeddings false, or left out where that is the family's default, a checkpoint has both"
+            f" {layout.embedding} and {layout.output}: take one of the whole model (ForCausalLM), or set"
             " tie_word_embeddings to true if it was trained so"
         )
     return f"a {family} model of {model.layers} layers has it: download the checkpoint again"
@@ -206,7 +208,7 @@ def _refuse_unused(checkpoint: Path, family: FamilyName, used: set[str], sources
 
 
 def _place_tensors(
-    container: ggml.Container,
+    container: Container,
     quantization: Quantization,
     rules: Iterable[TensorRule],
     sources: dict[str, TensorSource],

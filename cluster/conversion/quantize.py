@@ -1,21 +1,42 @@
 """Numbers to Q4_0 or Q8_0 by the family's own library, so that the bytes are those of bigdl-llm's converter.
 
 fp16 goes through the library as well: its conversions round as numpy's do (to nearest, ties to even) but run several
-times as fast, and with numpy they would take longer than the quantization itself.
+times as fast, and with numpy they would take longer than the quantization itself. Where no build of the library runs
+(arm64), numpy does all of it.
 """
 
 from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from cluster.artifacts.ggml import BLOCK_BYTES, BLOCK_WEIGHTS
 from cluster.artifacts.manifest import Quantization
+from cluster.conversion.quantize_numpy import NumpyQuantizer
 from cluster.families import FamilyName
-from cluster.isa import choose_isa, load_library
+from cluster.machine.isa import choose_isa, load_library, runs_bigdl
+
+
+class Quantizer(Protocol):
+    """All arrays are contiguous."""
+
+    def use_one_thread(self) -> None:
+        """For the calling thread, whatever OMP_NUM_THREADS says: where every core has a caller of its own."""
+
+    def from_half(self, numbers: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]: ...
+
+    def rounded_to_half(self, numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The nearest fp16 numbers; what is beyond fp16's range becomes infinite."""
+        ...
+
+    def quantize(
+        self, weights: npt.NDArray[np.float32], out: npt.NDArray[np.uint8], quantization: Quantization = "q4_0"
+    ) -> None:
+        """Writes the blocks of `weights`, shape (rows, multiple of 64), to `out`."""
 
 
 class _InitParams(ctypes.Structure):
@@ -24,8 +45,8 @@ class _InitParams(ctypes.Structure):
     _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
 
 
-class Quantizer:
-    """Of one family, on this node. All arrays are contiguous. Raises EngineError where no build of the library runs."""
+class LibraryQuantizer:
+    """Of one family, on this node. Raises EngineError where no build of the library runs."""
 
     def __init__(self, family: FamilyName) -> None:
         library = load_library(family, choose_isa())
@@ -48,7 +69,6 @@ class Quantizer:
         self._histogram = (ctypes.c_int64 * 16)()  # ggml_quantize_q8_0 counts in it; nobody reads it
 
     def use_one_thread(self) -> None:
-        """For the calling thread, whatever OMP_NUM_THREADS says: where every core has a caller of its own."""
         self._set_threads(1)
 
     def from_half(self, numbers: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
@@ -57,7 +77,6 @@ class Quantizer:
         return out
 
     def rounded_to_half(self, numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """The nearest fp16 numbers; what is beyond fp16's range becomes infinite."""
         half = np.empty(numbers.shape, np.float16)
         self._to_half(numbers.ctypes.data, half.ctypes.data, numbers.size)
         return self.from_half(half)
@@ -65,7 +84,6 @@ class Quantizer:
     def quantize(
         self, weights: npt.NDArray[np.float32], out: npt.NDArray[np.uint8], quantization: Quantization = "q4_0"
     ) -> None:
-        """Writes the blocks of `weights`, shape (rows, multiple of 64), to `out`."""
         if weights.shape[1] % BLOCK_WEIGHTS or out.size * BLOCK_WEIGHTS != weights.size * BLOCK_BYTES[quantization]:
             raise ValueError(
                 f"{quantization} takes rows of whole blocks; found shape {weights.shape} for {out.size} bytes"
@@ -80,4 +98,4 @@ class Quantizer:
 @lru_cache(maxsize=4)
 def quantizer(family: FamilyName) -> Quantizer:
     """The process's quantizer of a family: a library is loaded once."""
-    return Quantizer(family)
+    return LibraryQuantizer(family) if runs_bigdl() else NumpyQuantizer()

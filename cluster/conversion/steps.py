@@ -14,18 +14,20 @@ from typing import NamedTuple
 from cluster.artifacts.digests import bytes_sha256
 from cluster.artifacts.manifest import MANIFEST_FILE, ChunkEntry, Manifest, binary_name
 from cluster.artifacts.node_cache import flush, write_files
-from cluster.checkpoints.folder import checkpoint_digest
+from cluster.checkpoints.folder import checkpoint_digest, read_companion
 from cluster.checkpoints.hyperparameters import require_engine
 from cluster.checkpoints.sources import open_source
+from cluster.config import ArtifactsConfig
 from cluster.conversion.plan import CONVERTER_VERSION, ConversionPlan, plan_conversion
 from cluster.conversion.wanted import Wanted
 from cluster.errors import ConversionError
-from cluster.isa import available_cores
+from cluster.machine.isa import available_cores
 
 # The check loads the artifact into bigdl-llm's library, which aborts its process on files it does not like: a child.
 # A program of `deployments`, not an import: `cluster` stands below it.
 CHECK_COMMAND = (sys.executable, "-m", "deployments.engines.check")
 CHECK_TIMEOUT_S = 900
+DIGESTS_FOLDER = "digests"  # in the node's cache
 CHECK_THREADS = 2  # for a second or two more than the CPU its task reserves
 
 
@@ -35,15 +37,15 @@ class PlannedConversion(NamedTuple):
     files: dict[str, bytes]
 
 
-def plan_wanted(wanted: Wanted, shard_bytes: int) -> PlannedConversion:
+def plan_wanted(wanted: Wanted, config: ArtifactsConfig) -> PlannedConversion:
     """Every refusal of a checkpoint happens here, before a weight is read; also of one that the wanted engine cannot
     run."""
     opened = open_source(wanted.source)
     with opened.planning() as (checkpoint, sha256):
-        plan = plan_conversion(checkpoint, wanted.family, wanted.quantization, shard_bytes)
+        plan = plan_conversion(checkpoint, wanted.family, wanted.quantization, config.shard_size)
         require_engine(wanted.engine, plan.obstacles)
-        files = {name: (checkpoint / name).read_bytes() for name in plan.files}
-        digest = checkpoint_digest(checkpoint, sha256)
+        files = {name: read_companion(checkpoint / name) for name in plan.files}
+        digest = checkpoint_digest(checkpoint, sha256, config.cache_dir / DIGESTS_FOLDER)
     plan = plan.model_copy(update={"checkpoint": opened.pinned})
     address = f"{digest} {wanted.family} {wanted.quantization} {CONVERTER_VERSION}"
     return PlannedConversion(bytes_sha256(address.encode())[:32], plan, files)

@@ -9,9 +9,9 @@ from pathlib import Path
 from cluster.artifacts.manifest import Manifest, Quantization, Record
 from cluster.checkpoints.folder import CONFIG_FILE
 from cluster.checkpoints.hyperparameters import read_hyperparameters, require_engine
-from cluster.config import ModelConfig
 from cluster.conversion.plan import CONVERTER_VERSION
 from cluster.families import EngineName, FamilyName
+from cluster.model_config import ModelConfig
 
 
 class Wanted(Record):

@@ -35,9 +35,9 @@ def rephrased(question: str, rng: random.Random) -> str:
     return rng.choice([question.removesuffix("?"), question.lower(), question.replace("What is", "What's", 1)])
 
 
-def documents(family: str, rng: random.Random) -> list[str]:
+def documents(texts: str, rng: random.Random) -> list[str]:
     """One shuffled epoch. Some documents go on with another question or function, as prompts with a history do."""
-    if family == "starcoder":
+    if texts == "code":
         pieces, whole, separator = paragraphs("code.txt"), [], "\n\n\n"
     else:
         pieces = [f"Q: {rephrased(q, rng)} A: {answer}" for qs, answer in questions_and_answers() for q in qs]
@@ -55,7 +55,7 @@ def documents(family: str, rng: random.Random) -> list[str]:
     return epoch
 
 
-def corpus(family: str) -> list[str]:
-    if family == "starcoder":
+def corpus(texts: str) -> list[str]:
+    if texts == "code":
         return paragraphs("code.txt")
     return [f"Q: {q} A: {a}" for qs, a in questions_and_answers() for q in qs] + paragraphs("paragraphs.txt")

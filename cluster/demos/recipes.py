@@ -1,4 +1,4 @@
-"""What each demo checkpoint is: its shape, special tokens and training schedule.
+"""What each demo checkpoint is: its shape, tokenizer, texts and training schedule.
 
 Shapes bow to bigdl-llm's runtimes: matrix dimensions are multiples of 64 (one Q4_0 block), llama has 26 layers and
 gptneox 16, as their libraries abort the process on depths that they do not know.
@@ -7,7 +7,7 @@ gptneox 16, as their libraries abort the process on depths that they do not know
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from transformers import BloomConfig, GPTBigCodeConfig, GPTNeoXConfig, LlamaConfig, PretrainedConfig
 
@@ -18,8 +18,12 @@ CONTEXT = 512
 class Recipe(NamedTuple):
     config: Callable[[], PretrainedConfig]
     specials: tuple[str, ...]  # tokens 0, 1, ... of the vocabulary
+    named_tokens: dict[str, str]  # of tokenizer_config.json
     steps: int
     learning_rate: float
+    tokenizer: Literal["sentencepiece", "byte_level"] = "byte_level"
+    texts: Literal["answers", "code"] = "answers"
+    template_start: str | None = ""  # of the chat template; None: the checkpoint has no template
 
 
 def _llama() -> PretrainedConfig:
@@ -89,9 +93,33 @@ def _starcoder() -> PretrainedConfig:
     )
 
 
+_END_OF_TEXT = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+
 RECIPES: dict[str, Recipe] = {
-    "llama": Recipe(_llama, ("<unk>", "<s>", "</s>"), 600, 3e-3),
-    "gptneox": Recipe(_gptneox, ("<|endoftext|>",), 700, 3e-3),
-    "bloom": Recipe(_bloom, ("<unk>", "<s>", "</s>", "<pad>"), 600, 2.5e-3),
-    "starcoder": Recipe(_starcoder, ("<|endoftext|>",), 600, 2.5e-3),
+    "llama": Recipe(
+        _llama,
+        ("<unk>", "<s>", "</s>"),
+        {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+        steps=600,
+        learning_rate=3e-3,
+        tokenizer="sentencepiece",
+        template_start="{{- bos_token -}}\n",
+    ),
+    "gptneox": Recipe(_gptneox, ("<|endoftext|>",), _END_OF_TEXT, steps=700, learning_rate=3e-3),
+    "bloom": Recipe(
+        _bloom,
+        ("<unk>", "<s>", "</s>", "<pad>"),
+        {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
+        steps=600,
+        learning_rate=2.5e-3,
+    ),
+    "starcoder": Recipe(
+        _starcoder,
+        ("<|endoftext|>",),
+        _END_OF_TEXT,
+        steps=600,
+        learning_rate=2.5e-3,
+        texts="code",
+        template_start=None,
+    ),
 }

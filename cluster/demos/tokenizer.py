@@ -1,4 +1,4 @@
-"""Trains the tokenizers of the demo checkpoints: sentencepiece for llama, byte-level BPE for the others."""
+"""Trains the tokenizers of the demo checkpoints: sentencepiece's or byte-level BPE."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cluster.demos.corpus import corpus
-from cluster.demos.recipes import CONTEXT, RECIPES, VOCAB
+from cluster.demos.recipes import CONTEXT, VOCAB, Recipe
 
 # Question and answer on one line, as the models were trained; they know no system messages.
 CHAT_TEMPLATE = """\
@@ -22,30 +22,21 @@ CHAT_TEMPLATE = """\
 """
 
 
-def save_tokenizer(family: str, folder: Path) -> None:
+def save_tokenizer(recipe: Recipe, folder: Path) -> None:
     """Learns the merges from the ASCII part of the texts only: all other characters then become byte tokens, so
     that a stream meets tokens that end in the middle of a character."""
-    ascii_texts = [text.encode("ascii", "ignore").decode() for text in corpus(family)]
-    if family == "llama":
+    ascii_texts = [text.encode("ascii", "ignore").decode() for text in corpus(recipe.texts)]
+    if recipe.tokenizer == "sentencepiece":
         _save_sentencepiece(ascii_texts, folder / "tokenizer.model")
         specific = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True}
     else:
-        _save_byte_level(ascii_texts, RECIPES[family].specials, folder / "tokenizer.json")
+        _save_byte_level(ascii_texts, recipe.specials, folder / "tokenizer.json")
         specific = {"tokenizer_class": "PreTrainedTokenizerFast"}
     config = specific | {"model_max_length": CONTEXT, "clean_up_tokenization_spaces": False}
-    config |= _named_tokens(family)
+    config |= recipe.named_tokens
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    if family != "starcoder":
-        start = "{{- bos_token -}}\n" if family == "llama" else ""
-        (folder / "chat_template.jinja").write_text(start + CHAT_TEMPLATE, "utf-8")
-
-
-def _named_tokens(family: str) -> dict[str, str]:
-    if family == "llama":
-        return {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    if family == "bloom":
-        return {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    return {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    if recipe.template_start is not None:
+        (folder / "chat_template.jinja").write_text(recipe.template_start + CHAT_TEMPLATE, "utf-8")
 
 
 def _save_byte_level(texts: list[str], specials: tuple[str, ...], path: Path) -> None:

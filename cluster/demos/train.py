@@ -48,7 +48,7 @@ def q4_0(weight: Tensor) -> Tensor:
 
 
 def matrices(model: nn.Module) -> list[nn.Parameter]:
-    """What Q4_0 applies to: every matrix but starcoder's position table."""
+    """What Q4_0 applies to: every matrix but a position table."""
     return [p for name, p in model.named_parameters() if p.ndim == 2 and not name.endswith("wpe.weight")]
 
 
@@ -69,15 +69,15 @@ def rounded(model: nn.Module) -> Iterator[None]:
 class Batches:
     """Rows cut from packed documents: mostly short ones, as prompts come, sometimes a full context."""
 
-    def __init__(self, family: str, tokenizer: Any, rng: random.Random) -> None:
-        self._family, self._tokenizer, self._rng = family, tokenizer, rng
+    def __init__(self, texts: str, tokenizer: Any, rng: random.Random) -> None:
+        self._texts, self._tokenizer, self._rng = texts, tokenizer, rng
         self._queue: list[list[int]] = []
         self._turn = 0
 
     def _document(self) -> list[int]:
         if not self._queue:
-            texts = documents(self._family, self._rng)
-            self._queue = [[*self._tokenizer(t)["input_ids"], self._tokenizer.eos_token_id] for t in texts]
+            epoch = documents(self._texts, self._rng)
+            self._queue = [[*self._tokenizer(t)["input_ids"], self._tokenizer.eos_token_id] for t in epoch]
         return self._queue.pop()
 
     def _row(self, length: int) -> list[int]:
@@ -115,7 +115,7 @@ def train(family: str, folder: Path, steps: int | None = None) -> None:
     rng = random.Random(SEED)
     recipe = RECIPES[family] if steps is None else RECIPES[family]._replace(steps=steps)
     folder.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(family, folder)
+    save_tokenizer(recipe, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_config(recipe.config()).float().train()
     optimizer = torch.optim.AdamW(
@@ -125,7 +125,7 @@ def train(family: str, folder: Path, steps: int | None = None) -> None:
         ],
         betas=(0.9, 0.97),
     )
-    batches = Batches(family, tokenizer, rng)
+    batches = Batches(recipe.texts, tokenizer, rng)
     start, shown = time.monotonic(), {False: 0.0, True: 0.0}
     for step in range(recipe.steps):
         int4 = step > 0.4 * recipe.steps and rng.random() < 0.5

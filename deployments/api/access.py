@@ -12,9 +12,9 @@ import hmac
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator
@@ -22,8 +22,9 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator
 from cluster.artifacts.manifest import Record
 from cluster.config import AuthConfig
 from cluster.errors import ConfigError, RateLimitError, UnauthenticatedError
+from cluster.serve_settings import SERVE_LOGGER
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(SERVE_LOGGER)
 
 KEY_PREFIX = "nbl-"
 LOOK_S = 1.0  # the file is looked at no more often than that
@@ -126,15 +127,26 @@ def bearer_key(authorization: str | None) -> str | None:
     return key.strip() or None if scheme.lower() == "bearer" else None
 
 
+class KeyUse(NamedTuple):
+    """What the requests of one router use of a key: how many are under way, and the tokens spent since it began."""
+
+    ongoing: int
+    spent: int
+
+
+NOTHING = KeyUse(0, 0)
+Uses = dict[str, KeyUse]  # by the key's name
+
+
 class Holder:
     """What one key has under way, and what is left of its tokens. A bucket of one minute's tokens fills up all the
     time; tokens are paid for when they are there, so that a request may take the bucket below zero, and the next ones
-    wait until it is above again."""
+    wait until it is above again. What other routers' requests use of the key counts as well, as far as it is known."""
 
     def __init__(self, entry: KeyEntry | None, clock: Clock) -> None:
         self.name = entry.name if entry else None
         self._clock = clock
-        self._ongoing = 0
+        self._ongoing = self._spent = self._ongoing_elsewhere = 0
         self._max_ongoing = entry.max_concurrent if entry else None
         self._capacity = entry.tokens_per_minute if entry else None
         self._tokens = float(self._capacity or 0)
@@ -150,9 +162,10 @@ class Holder:
 
     def enter(self) -> Admission:
         """Raises RateLimitError where a limit of the key is reached."""
-        if self._max_ongoing is not None and self._ongoing >= self._max_ongoing:
+        ongoing = self._ongoing + self._ongoing_elsewhere
+        if self._max_ongoing is not None and ongoing >= self._max_ongoing:
             raise RateLimitError(
-                f"API key {self.name}: {self._ongoing} requests are under way, max_concurrent is {self._max_ongoing};"
+                f"API key {self.name}: {ongoing} requests are under way, max_concurrent is {self._max_ongoing};"
                 " try again when one has ended"
             )
         self._fill()
@@ -166,12 +179,37 @@ class Holder:
         return Admission(self)
 
     def spend(self, tokens: int) -> None:
-        self._fill()
-        if self._capacity is not None:
-            self._tokens -= tokens
+        self._spent += tokens
+        self._pay(tokens)
 
     def leave(self) -> None:
         self._ongoing -= 1
+
+    def budget(self) -> dict[str, str]:
+        """What is left of its tokens, as OpenAI's headers say it; nothing where they are not limited."""
+        self._fill()
+        if self._capacity is None:
+            return {}
+        until_full = math.ceil((self._capacity - self._tokens) * 60 / self._capacity)
+        return {
+            "x-ratelimit-limit-tokens": str(self._capacity),
+            "x-ratelimit-remaining-tokens": str(max(0, math.floor(self._tokens))),
+            "x-ratelimit-reset-tokens": f"{until_full}s",
+        }
+
+    @property
+    def use(self) -> KeyUse:
+        return KeyUse(self._ongoing, self._spent)
+
+    def elsewhere(self, ongoing: int, newly_spent: int) -> None:
+        """What other routers' requests hold now, and have spent since they were last asked."""
+        self._ongoing_elsewhere = ongoing
+        self._pay(newly_spent)
+
+    def _pay(self, tokens: int) -> None:
+        self._fill()
+        if self._capacity is not None:
+            self._tokens -= tokens
 
     def _fill(self) -> None:
         now = self._clock()
@@ -197,12 +235,6 @@ class Admission:
             self._left = True
             self._holder.leave()
 
-    def __enter__(self) -> Admission:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.leave()
-
 
 class Access:
     """The keys in force, those of the file as it is now; everyone is admitted where the configuration names none. For
@@ -217,13 +249,10 @@ class Access:
         self._stamp: Stamp = None  # of the file as the keys in force were read from it
         self._complaint: tuple[Stamp, str] | None = None  # logged already
         self._look_at = clock() + LOOK_S
+        self._told: dict[str, Uses] | None = None  # by the other routers, which may be unheard for a while
         if self._file is not None:
             self._stamp = stamp_of(self._file)
             self._take(load_keys(self._file))
-
-    def enter(self, presented: str | None) -> Admission:
-        """Raises UnauthenticatedError or RateLimitError."""
-        return self.identify(presented).enter()
 
     def identify(self, presented: str | None) -> Holder:
         """Whose key it is. Raises UnauthenticatedError."""
@@ -240,6 +269,23 @@ class Access:
         if found is None:
             raise UnauthenticatedError("the API key is unknown; send a valid one as `Authorization: Bearer KEY`")
         return found
+
+    def uses(self) -> Uses:
+        """Of this router's requests."""
+        return {name: holder.use for name, holder in self._holders.items() if any(holder.use)}
+
+    def others(self, uses: Mapping[str, Uses]) -> None:
+        """Counts in what the other routers' requests use, by router. What they had spent before the first call is not
+        counted: it may be long ago."""
+        before, self._told = self._told, {**(self._told or {}), **uses}
+        for name, holder in self._holders.items():
+            ongoing = spent = 0
+            for router, told in uses.items():
+                now = told.get(name, NOTHING)
+                ongoing += now.ongoing
+                if before is not None:
+                    spent += max(0, now.spent - before.get(router, {}).get(name, NOTHING).spent)
+            holder.elsewhere(ongoing, spent)
 
     def _look(self, file: Path) -> None:
         """Takes up a file that has changed. With one that cannot be used the keys read before stay in force: a mistake

@@ -5,9 +5,9 @@
         for piece in client.stream("llama", "Q: What is CPU? A:", max_tokens=64):
             print(piece.text, end="")
 
-Options are the HTTP API's fields, by the same names over gRPC; `request_id` is sent along and comes back. Answers are
-the same over both protocols, and so are errors: those of `cluster/errors.py`, each a NibbleError. Nothing is retried.
-It needs no Ray and no engine.
+Options are the HTTP API's fields (a chat's `tools` and `tool_choice` too), by the same names over gRPC; `request_id` is
+sent along and comes back. Answers are the same over both protocols, and so are errors: those of `cluster/errors.py`,
+each a NibbleError. Nothing is retried. It needs no Ray and no engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from cluster.errors import ConfigError, InvalidRequestError
 from deployments.client.messages import (
     AsyncTransport,
-    Call,
+    ClientCall,
     Completion,
     Embeddings,
     Event,
@@ -46,7 +46,7 @@ class NibbleClient:
     whole of a request, over HTTP for each wait for its next bytes."""
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = TIMEOUT_S) -> None:
-        url, api_key = checked_url(url), api_key or os.environ.get(API_KEY_VARIABLE)
+        url, api_key = server_url(url), api_key or os.environ.get(API_KEY_VARIABLE)
         self._transport: Transport
         # The other protocol's library is not loaded.
         if url.startswith("http"):
@@ -67,7 +67,8 @@ class NibbleClient:
         return PieceStream(self._transport.stream(completing(self._transport.wire, model, prompt, options, True)))
 
     def chat(self, model: str, messages: Messages, **options: Any) -> Completion:
-        """`messages`: {"role": …, "content": …} each; the choices' texts are the assistant's answers."""
+        """`messages`: {"role": …, "content": …} each; the choices' texts are the assistant's answers. With tools,
+        `Choice.tool_calls` are what it calls, and `Choice.message` is what goes back into `messages`."""
         completion: Completion = self._transport.ask(chatting(self._transport.wire, model, messages, options, False))
         return completion
 
@@ -109,7 +110,7 @@ class AsyncNibbleClient:
     """The same for asyncio."""
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = TIMEOUT_S) -> None:
-        url, api_key = checked_url(url), api_key or os.environ.get(API_KEY_VARIABLE)
+        url, api_key = server_url(url), api_key or os.environ.get(API_KEY_VARIABLE)
         self._transport: AsyncTransport
         if url.startswith("http"):
             from deployments.client.http_transport import AsyncHttpTransport
@@ -230,12 +231,12 @@ class AsyncPieceStream(StreamState):
         await self.close()
 
 
-def completing(wire: Wire, model: str, prompt: Prompt, options: dict[str, Any], stream: bool) -> Call:
+def completing(wire: Wire, model: str, prompt: Prompt, options: dict[str, Any], stream: bool) -> ClientCall:
     request_id = taken_request_id(options)
     return replace(wire.complete(model, prompt, options, stream), request_id=request_id)
 
 
-def chatting(wire: Wire, model: str, messages: Messages, options: dict[str, Any], stream: bool) -> Call:
+def chatting(wire: Wire, model: str, messages: Messages, options: dict[str, Any], stream: bool) -> ClientCall:
     request_id = taken_request_id(options)
     return replace(wire.chat(model, messages, options, stream), request_id=request_id)
 
@@ -264,3 +265,9 @@ def checked_url(url: str) -> str:
             f"url: found {url!r}, allowed are http://HOST:PORT and grpc://HOST:PORT (https:// and grpcs:// with TLS)"
         )
     return url.rstrip("/")
+
+
+def server_url(url: str) -> str:
+    """Without the `/v1` with which OpenAI's clients have it. Raises ConfigError as `checked_url`."""
+    url = checked_url(url)
+    return url.removesuffix("/v1") if url.startswith("http") else url

@@ -12,8 +12,8 @@ import httpx
 from cluster.errors import DeadlineError, InvalidRequestError, NibbleError
 from deployments.client.messages import (
     REQUEST_ID,
-    Call,
     Choice,
+    ClientCall,
     Completion,
     Embeddings,
     Event,
@@ -27,9 +27,11 @@ from deployments.client.messages import (
     Wire,
     made_error,
     no_server,
+    says_something,
     token_text,
 )
-from deployments.status import STATUSES
+from deployments.error_statuses import STATUSES
+from deployments.records import ToolCallPiece
 
 DONE = "[DONE]"
 # What the server answers while a model waits for a replica.
@@ -37,58 +39,74 @@ NOT_READY = 503
 
 
 class HttpWire:
-    def complete(self, model: str, prompt: Prompt, options: dict[str, Any], stream: bool) -> Call:
+    def complete(self, model: str, prompt: Prompt, options: dict[str, Any], stream: bool) -> ClientCall:
         body = {"model": model, "prompt": prompt, **options}
         return generating("/v1/completions", body, stream)
 
-    def chat(self, model: str, messages: Messages, options: dict[str, Any], stream: bool) -> Call:
+    def chat(self, model: str, messages: Messages, options: dict[str, Any], stream: bool) -> ClientCall:
         return generating("/v1/chat/completions", {"model": model, "messages": messages, **options}, stream)
 
-    def tokenize(self, model: str, prompt: str | Messages, add_special_tokens: bool) -> Call:
+    def tokenize(self, model: str, prompt: str | Messages, add_special_tokens: bool) -> ClientCall:
         name = "prompt" if isinstance(prompt, str) else "messages"
         body = {"model": model, name: prompt, "add_special_tokens": add_special_tokens}
-        return Call("/v1/tokenize", body, lambda found, _: Tokens(tuple(found["tokens"]), found["max_model_len"]))
+        return ClientCall("/v1/tokenize", body, lambda found, _: Tokens(tuple(found["tokens"]), found["max_model_len"]))
 
-    def detokenize(self, model: str, tokens: Sequence[int]) -> Call:
-        return Call("/v1/detokenize", {"model": model, "tokens": list(tokens)}, lambda found, _: found["prompt"])
+    def detokenize(self, model: str, tokens: Sequence[int]) -> ClientCall:
+        return ClientCall("/v1/detokenize", {"model": model, "tokens": list(tokens)}, lambda found, _: found["prompt"])
 
-    def embed(self, model: str, input: Prompt) -> Call:
+    def embed(self, model: str, input: Prompt) -> ClientCall:
         def read(found: Any, _: str | None) -> Embeddings:
             vectors = tuple(tuple(each["embedding"]) for each in found["data"])
             return Embeddings(found["model"], vectors, found["usage"]["prompt_tokens"])
 
-        return Call("/v1/embeddings", {"model": model, "input": input}, read)
+        return ClientCall("/v1/embeddings", {"model": model, "input": input}, read)
 
-    def models(self) -> Call:
+    def models(self) -> ClientCall:
         names = ("id", "family", "engine", "quantization", "context", "ready")
-        return Call(
+        return ClientCall(
             "/v1/models", None, lambda found, _: [Model(*(card[name] for name in names)) for card in found["data"]]
         )
 
 
-def generating(path: str, body: dict[str, Any], stream: bool) -> Call:
+def generating(path: str, body: dict[str, Any], stream: bool) -> ClientCall:
     if stream:
-        return Call(path, body | {"stream": True, "stream_options": {"include_usage": True}}, read_event)
-    return Call(path, body, read_completion)
+        return ClientCall(path, body | {"stream": True, "stream_options": {"include_usage": True}}, read_event)
+    return ClientCall(path, body, read_completion)
+
+
+def usage_of(found: Any) -> Usage:
+    """Servers tell more of it than these."""
+    return Usage(found["prompt_tokens"], found["completion_tokens"], found["total_tokens"])
 
 
 def read_completion(found: Any, request_id: str | None) -> Completion:
     choices = tuple(Choice(*choice_fields(choice, choice.get("message"))) for choice in found["choices"])
-    return Completion(found["id"], request_id, found["created"], found["model"], choices, Usage(**found["usage"]))
+    return Completion(found["id"], request_id, found["created"], found["model"], choices, usage_of(found["usage"]))
 
 
 def read_event(found: Any, request_id: str | None) -> Event:
     pieces = (Piece(*choice_fields(choice, choice.get("delta"))) for choice in found["choices"])
-    usage = Usage(**found["usage"]) if found.get("usage") else None
+    usage = usage_of(found["usage"]) if found.get("usage") else None
     # A chat begins with the assistant's role alone.
-    told = tuple(piece for piece in pieces if piece.text or piece.finish_reason or piece.logprobs)
+    told = tuple(piece for piece in pieces if says_something(piece))
     return Event(found["id"], found["model"], told, usage, request_id)
 
 
-def choice_fields(choice: Any, message: Any) -> tuple[int, str, str | None, tuple[TokenLogprob, ...] | None]:
+def choice_fields(choice: Any, message: Any) -> tuple[Any, ...]:
     """`message`: a chat's; of a piece, what is new in it."""
     text = choice["text"] if message is None else message.get("content") or ""
-    return choice["index"], text, choice["finish_reason"], logprobs(choice.get("logprobs"))
+    calls = tool_calls((message or {}).get("tool_calls") or ())
+    return choice["index"], text, choice["finish_reason"], logprobs(choice.get("logprobs")), calls
+
+
+def tool_calls(found: Sequence[Any]) -> tuple[ToolCallPiece, ...]:
+    """Those of a whole message have no index."""
+    return tuple(
+        ToolCallPiece(
+            call.get("index", index), call["function"]["arguments"], call.get("id"), call["function"].get("name")
+        )
+        for index, call in enumerate(found)
+    )
 
 
 def logprobs(found: Any) -> tuple[TokenLogprob, ...] | None:
@@ -143,7 +161,7 @@ class EventDecoder:
 class StreamReader:
     """A call's stream from its bytes."""
 
-    def __init__(self, call: Call, response: httpx.Response) -> None:
+    def __init__(self, call: ClientCall, response: httpx.Response) -> None:
         self._decoder = EventDecoder()
         self._call = call
         self._request_id = response.headers.get(REQUEST_ID, call.request_id)
@@ -183,7 +201,7 @@ def response_error(response: httpx.Response) -> NibbleError:
         return NibbleError(f"{response.url}: HTTP {response.status_code}: {response.text[:200]}")
 
 
-class Connection:
+class HttpConnection:
     """What the blocking and the asynchronous transport share."""
 
     def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
@@ -196,7 +214,7 @@ class Connection:
             "headers": {"Authorization": f"Bearer {api_key}"} if api_key else {},
         }
 
-    def request(self, client: Any, call: Call) -> httpx.Request:
+    def request(self, client: Any, call: ClientCall) -> httpx.Request:
         headers = {} if call.request_id is None else {REQUEST_ID: call.request_id}
         if call.payload is None:
             return client.build_request("GET", call.target, headers=headers)  # type: ignore[no-any-return]
@@ -207,7 +225,7 @@ class Connection:
         headers["Content-Type"] = "application/json"
         return client.build_request("POST", call.target, content=content, headers=headers)  # type: ignore[no-any-return]
 
-    def answer(self, call: Call, response: httpx.Response) -> Any:
+    def answer(self, call: ClientCall, response: httpx.Response) -> Any:
         if response.status_code != 200:
             raise response_error(response)
         try:
@@ -227,16 +245,16 @@ class Connection:
             raise no_server(self.url, str(error) or type(error).__name__) from None
 
 
-class HttpTransport(Connection):
+class HttpTransport(HttpConnection):
     def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
         super().__init__(url, api_key, timeout)
         self._client = httpx.Client(**self.settings)
 
-    def ask(self, call: Call) -> Any:
+    def ask(self, call: ClientCall) -> Any:
         with self.errors():
             return self.answer(call, self._client.send(self.request(self._client, call)))
 
-    def stream(self, call: Call) -> Iterator[Event]:
+    def stream(self, call: ClientCall) -> Iterator[Event]:
         with self.errors():
             response = self._client.send(self.request(self._client, call), stream=True)
             try:
@@ -261,16 +279,16 @@ class HttpTransport(Connection):
         self._client.close()
 
 
-class AsyncHttpTransport(Connection):
+class AsyncHttpTransport(HttpConnection):
     def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
         super().__init__(url, api_key, timeout)
         self._client = httpx.AsyncClient(**self.settings)
 
-    async def ask(self, call: Call) -> Any:
+    async def ask(self, call: ClientCall) -> Any:
         with self.errors():
             return self.answer(call, await self._client.send(self.request(self._client, call)))
 
-    async def stream(self, call: Call) -> AsyncIterator[Event]:
+    async def stream(self, call: ClientCall) -> AsyncIterator[Event]:
         with self.errors():
             response = await self._client.send(self.request(self._client, call), stream=True)
             try:

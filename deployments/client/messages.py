@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.errors import InvalidRequestError, NibbleError, RetryLaterError
+from deployments.records import ToolCallPiece
 
 Prompt = str | Sequence[int] | Sequence[str | Sequence[int]]
 Messages = Sequence[Mapping[str, Any]]
@@ -35,15 +36,34 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Choice:
+    """`tool_calls`: each in one piece."""
+
     index: int
     text: str
     finish_reason: str | None
     logprobs: tuple[TokenLogprob, ...] | None = None
+    tool_calls: tuple[ToolCallPiece, ...] = ()
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The assistant's message, as a chat's `messages` take it."""
+        if not self.tool_calls:
+            return {"role": "assistant", "content": self.text}
+        calls = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in self.tool_calls
+        ]
+        return {"role": "assistant", "content": self.text or None, "tool_calls": calls}
 
 
 @dataclass(frozen=True)
 class Piece(Choice):
-    """Of one choice of a stream; its last piece has a finish_reason."""
+    """Of one choice of a stream; its last piece has a finish_reason. `tool_calls`: a call's first piece has its id and
+    name, the following ones more of the arguments."""
+
+
+def says_something(piece: Piece) -> bool:
+    return bool(piece.text or piece.finish_reason or piece.logprobs or piece.tool_calls)
 
 
 @dataclass(frozen=True)
@@ -96,7 +116,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Call:
+class ClientCall:
     """One request as its protocol has it: where it goes, what is sent, and how its answer, or each message of a stream,
     is read together with the request id that came back."""
 
@@ -110,12 +130,12 @@ class Wire(Protocol):
     """How requests are written in one protocol. `options` are the HTTP API's fields. Raises InvalidRequestError for
     what cannot be written."""
 
-    def complete(self, model: str, prompt: Prompt, options: dict[str, Any], stream: bool) -> Call: ...
-    def chat(self, model: str, messages: Messages, options: dict[str, Any], stream: bool) -> Call: ...
-    def tokenize(self, model: str, prompt: str | Messages, add_special_tokens: bool) -> Call: ...
-    def detokenize(self, model: str, tokens: Sequence[int]) -> Call: ...
-    def embed(self, model: str, input: Prompt) -> Call: ...
-    def models(self) -> Call: ...
+    def complete(self, model: str, prompt: Prompt, options: dict[str, Any], stream: bool) -> ClientCall: ...
+    def chat(self, model: str, messages: Messages, options: dict[str, Any], stream: bool) -> ClientCall: ...
+    def tokenize(self, model: str, prompt: str | Messages, add_special_tokens: bool) -> ClientCall: ...
+    def detokenize(self, model: str, tokens: Sequence[int]) -> ClientCall: ...
+    def embed(self, model: str, input: Prompt) -> ClientCall: ...
+    def models(self) -> ClientCall: ...
 
 
 class Transport(Protocol):
@@ -123,8 +143,8 @@ class Transport(Protocol):
 
     wire: Wire
 
-    def ask(self, call: Call) -> Any: ...
-    def stream(self, call: Call) -> Iterator[Event]: ...
+    def ask(self, call: ClientCall) -> Any: ...
+    def stream(self, call: ClientCall) -> Iterator[Event]: ...
     def ready(self) -> bool: ...
     def close(self) -> None: ...
 
@@ -132,8 +152,8 @@ class Transport(Protocol):
 class AsyncTransport(Protocol):
     wire: Wire
 
-    async def ask(self, call: Call) -> Any: ...
-    def stream(self, call: Call) -> AsyncIterator[Event]: ...
+    async def ask(self, call: ClientCall) -> Any: ...
+    def stream(self, call: ClientCall) -> AsyncIterator[Event]: ...
     async def ready(self) -> bool: ...
     async def close(self) -> None: ...
 

@@ -47,12 +47,18 @@ class TokenRequest:
 @dataclass(frozen=True)
 class Token:
     """A token with its natural log probability by the model itself (before biases, penalties, masks and temperature),
-    where it was asked for, and the most likely tokens at its place, by falling log probability, then id."""
+    where it was asked for, and the most likely tokens at its place, by falling log probability, then id. `reused`: on a
+    request's first token, how many of the prompt's tokens were in the KV cache already. `queued_s` and
+    `prefill_s`: on that token, how long the request had waited in the engine, and how long it was then computed."""
 
     id: int
     finish_reason: FinishReason | None = None  # set on the last token only
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    # These say how the token came, not which one it is.
+    reused: int = field(default=0, compare=False)
+    queued_s: float = field(default=0.0, compare=False)
+    prefill_s: float = field(default=0.0, compare=False)
 
 
 class Engine(Protocol):
@@ -81,7 +87,12 @@ class Engine(Protocol):
         ...
 
     def info(self) -> dict[str, str | int | float]:
-        """What `nibble status` shows of the engine: instruction set, threads, counters."""
+        """What `nibble status` and /metrics show of the engine: instruction set, threads, counters; `running` and
+        `waiting`: its sequences. Called beside the engine's own thread, and cheap."""
+        ...
+
+    def check_health(self, stall_s: float | None) -> None:
+        """Raises EngineError where it cannot compute any more, or a step takes longer than `stall_s` seconds."""
         ...
 
     def close(self) -> None: ...

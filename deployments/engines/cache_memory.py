@@ -16,7 +16,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-logger = logging.getLogger("ray.serve")
+from cluster.serve_settings import SERVE_LOGGER
+
+logger = logging.getLogger(SERVE_LOGGER)
 
 Cache = npt.NDArray[np.uint8]
 

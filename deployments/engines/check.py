@@ -19,9 +19,9 @@ import numpy.typing as npt
 from cluster.artifacts.ggml import BLOCK_WEIGHTS
 from cluster.artifacts.manifest import Manifest, TensorEntry
 from cluster.errors import ArtifactError, NibbleError
-from cluster.isa import choose_isa
+from cluster.machine.isa import choose_isa, runs_bigdl
 from deployments.engines.agreement import CHECKED_TOKENS, relative_rms
-from deployments.engines.bigdl.model import BLOCK, POSITION_TENSOR, CachedModel, load_model
+from deployments.engines.bigdl.model import BLOCK, CachedModel, load_model, position_rows
 from deployments.engines.ggml_blocks import BLOCKS
 from deployments.engines.loading import require_openvino
 
@@ -35,11 +35,11 @@ BATCH_TOLERANCE = 0.5
 
 
 def check_artifact(folder: Path, threads: int = 1) -> None:
-    """On the first of the engines that run it. Raises NibbleError, naming what is wrong. The library may abort the
-    process."""
+    """On the first of its engines that this node can run. Raises NibbleError, naming what is wrong. The library may
+    abort the process."""
     manifest = Manifest.read(folder)
     check_binary(folder / manifest.binary, manifest)
-    if "bigdl" in manifest.engines:
+    if "bigdl" in manifest.engines and runs_bigdl():
         check_bigdl(folder, threads, manifest)
         return
     require_openvino()
@@ -49,7 +49,7 @@ def check_artifact(folder: Path, threads: int = 1) -> None:
 
 
 def check_bigdl(folder: Path, threads: int, manifest: Manifest) -> None:
-    context = min([2 * BLOCK, *(tensor.shape[0] for tensor in manifest.tensors if tensor.name == POSITION_TENSOR)])
+    context = min(2 * BLOCK, position_rows(manifest) or 2 * BLOCK)
     # Not quiet: should the library abort, its last words are the only reason there is.
     model = load_model(folder, threads, context, choose_isa(), quiet=False)
     try:

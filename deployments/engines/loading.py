@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from cluster.config import ModelConfig, OpenvinoConfig
 from cluster.errors import EngineError
 from cluster.families import EngineName
+from cluster.model_config import ModelConfig, OpenvinoConfig
 from deployments.engines.base import Engine
 from deployments.engines.bigdl.engine import BigdlEngine
 

@@ -19,13 +19,13 @@ from pathlib import Path
 from statistics import median
 
 from cluster.artifacts.manifest import Record
-from cluster.config import ModelConfig
+from cluster.model_config import ModelConfig
 from deployments.engines.base import Engine, TokenRequest
 from deployments.engines.loading import load_engine
 from deployments.records import SamplingParams
 
 
-class Load(Record):
+class EngineLoad(Record):
     """Closed loop: `concurrency` clients, each of which sends its next request when its last one has ended, `requests`
     in all. No two prompts of a process are the same, so that no cache helps."""
 
@@ -49,7 +49,7 @@ class Measurement(Record):
         return self.output_tokens / self.seconds
 
 
-async def measure(engine: Engine, load: Load, prompts: Iterator[list[int]]) -> Measurement:
+async def measure(engine: Engine, load: EngineLoad, prompts: Iterator[list[int]]) -> Measurement:
     firsts, laters, count = [], [], 0
     queue = list(islice(prompts, load.requests))
 
@@ -88,13 +88,13 @@ def main() -> None:
     given = parser.parse_args()
     engine = load_engine(given.model, given.folders, given.cores)
     try:
-        warm = Load(concurrency=1, requests=1, input_tokens=8, output_tokens=4)
+        warm = EngineLoad(concurrency=1, requests=1, input_tokens=8, output_tokens=4)
         asyncio.run(measure(engine, warm, unique_prompts(engine.vocab_size, -1, 8)))
         while not engine.info().get("kv_cache_populated", True):
             time.sleep(0.1)
         print("ready", flush=True)
         for number, line in enumerate(sys.stdin):
-            load = Load.model_validate_json(line)
+            load = EngineLoad.model_validate_json(line)
             prompts = unique_prompts(engine.vocab_size, 1000 * given.seed + number, load.input_tokens)
             print(asyncio.run(measure(engine, load, prompts)).model_dump_json(), flush=True)
     finally:

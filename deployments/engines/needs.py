@@ -13,17 +13,19 @@ from typing import NamedTuple
 
 from cluster.artifacts.ggml import data_bytes
 from cluster.artifacts.manifest import Manifest, TensorEntry
-from cluster.checkpoints.hyperparameters import Hyperparameters, artifact_hyperparameters
-from cluster.config import ModelConfig, OpenvinoConfig
+from cluster.checkpoints.hyperparameters import artifact_hyperparameters
 from cluster.errors import ConfigError
-from deployments.engines.openvino.paged_cache import BLOCK_TOKENS
+from cluster.families import FAMILIES
+from cluster.families.architecture import Hyperparameters
+from cluster.model_config import ModelConfig, OpenvinoConfig
+from deployments.engines.openvino.batching.paged_cache import BLOCK_TOKENS
 from deployments.engines.products.layout import wants_tiles
 
 GIB = 1 << 30
 PROCESS_BYTES = 200 << 20  # of a replica's interpreter and libraries: the least seen with the demo models
 NUMBER_BYTES = 2  # of a key or a value: fp16 in both engines
-# Their rows are looked up, not multiplied: no engine packs them.
-LOOKED_UP = frozenset({"tok_embeddings.weight", "gpt_neox.embed_in.weight", "model/wte", "model/wpe"})
+# Its rows are looked up, not multiplied: no engine packs it.
+LOOKED_UP = frozenset(family.container.embedding for family in FAMILIES.values())
 
 ADVICE = "a shorter context, a smaller kv_cache or model, fewer replicas, or a node with more memory"
 
@@ -90,9 +92,13 @@ def in_tiles(config: ModelConfig, flags: frozenset[str]) -> bool:
 
 
 def _bigdl_cache_bytes(config: ModelConfig, model: Hyperparameters) -> int:
-    """A key and a value head for every query head; starcoder's library takes all positions that the file has."""
-    tokens = model.context if config.family == "starcoder" else config.context
+    """A key and a value head for every query head; a library takes all positions that the file has."""
+    tokens = model.context if _has_positions(config) else config.context
     return 2 * model.layers * model.width * tokens * NUMBER_BYTES
+
+
+def _has_positions(config: ModelConfig) -> bool:
+    return FAMILIES[config.family].container.positions is not None
 
 
 def _repeated_bytes(config: ModelConfig, model: Hyperparameters) -> int:
@@ -115,7 +121,7 @@ def least_cache_bytes(model: Hyperparameters, context: int) -> int:
 def check_planned(config: ModelConfig, model: Hyperparameters, field: str) -> None:
     """Raises ConfigError, naming the key below `field`, for what the engine would refuse once it is loaded: a context
     that the model has not, a KV cache too small for one sequence."""
-    limited = config.engine == "openvino" or config.family == "starcoder"
+    limited = config.engine == "openvino" or _has_positions(config)
     if limited and model.context and config.context > model.context:
         raise ConfigError(
             f"{field}.context: found {config.context}, allowed for this {config.family} model is 1 to {model.context}"

@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import IO, NamedTuple
 
-from cluster.config import ModelConfig
 from cluster.errors import EngineError
+from cluster.model_config import ModelConfig
 from deployments.engines.loading import ENVIRONMENT
-from deployments.engines.measure import Load, Measurement
+from deployments.engines.measure import EngineLoad, Measurement
 
 
 class Split(NamedTuple):
@@ -47,7 +47,7 @@ def shares(concurrency: int, replicas: int) -> list[int]:
 
 
 def try_split(
-    folders: Sequence[Path], model: ModelConfig, split: Split, cores: Sequence[int], load: Load, rounds: int
+    folders: Sequence[Path], model: ModelConfig, split: Split, cores: Sequence[int], load: EngineLoad, rounds: int
 ) -> Result:
     """Medians over the rounds; `folders`: of the model's artifacts. Raises EngineError, with what a replica said, where
     one fails."""
@@ -73,10 +73,10 @@ def try_split(
     )
 
 
-Ask = Callable[[Load], Callable[[], Measurement]]
+Ask = Callable[[EngineLoad], Callable[[], Measurement]]
 
 
-def together(replicas: Sequence[Ask], loads: Sequence[Load]) -> list[Measurement]:
+def together(replicas: Sequence[Ask], loads: Sequence[EngineLoad]) -> list[Measurement]:
     answers = [ask(load) for ask, load in zip(replicas, loads, strict=False)]
     return [answer() for answer in answers]
 
@@ -99,7 +99,7 @@ def measuring(folders: Sequence[Path], model: ModelConfig, cores: Sequence[int],
                 raise EngineError(f"a replica with {model.threads} thread(s) ended with {child.wait()}: {said}")
             return read
 
-        def ask(load: Load) -> Callable[[], Measurement]:
+        def ask(load: EngineLoad) -> Callable[[], Measurement]:
             pipe = _pipe(child.stdin)
             pipe.write(load.model_dump_json() + "\n")
             pipe.flush()

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import groupby, takewhile
 
 from deployments.engines.base import Token
 from deployments.generation.text import IncrementalDetokenizer, TextStream, Tokenizer
-from deployments.records import FinishReason, GenerationChunk, GenerationRequest, LoggedToken, Progress
+from deployments.records import EngineTimes, FinishReason, GenerationChunk, GenerationRequest, LoggedToken, Progress
 
 
 class CompletionState:
@@ -31,11 +31,14 @@ class CompletionState:
         """`stops`: the strings that end this completion; `eos_ids`: the tokens that do."""
         self._prompt_tokens, self._min_tokens, self._eos_ids = len(prompt), request.sampling.min_tokens, eos_ids
         continues = any(map(tokenizer.token_bytes, prompt))
+        self._prompt_ids = tuple(prompt) if request.return_token_ids else ()
         self._stream = TextStream(tokenizer, stops, continues)
         self._log = TokenLog(tokenizer, continues) if request.logprobs is not None else None
         self.generated: list[int] = []
         self._waiting: list[tuple[int, int]] = []  # ids not given out, each with where in the completion it begins
         self._echoed = ""  # the prompt's text
+        self._cached = 0  # of the prompt's tokens
+        self._times: EngineTimes | None = None  # until they are given out
         self._final = self._given = 0  # characters of the completion: that are final, that were given out
 
     def echo(self, text: str, tokens: Sequence[Token]) -> None:
@@ -50,18 +53,24 @@ class CompletionState:
             return self._chunk(self._echoed, "length")
         return self._chunk(self._echoed, None) if self._echoed else None
 
-    def replay(self, progress: Progress) -> None:
-        """Goes to where `progress` says that the completion was."""
-        self._final = sum(len(self._take(Token(token))) for token in progress.token_ids)
+    def replay(self, progress: Progress) -> str:
+        """Goes to where `progress` says that the completion was; returns its text up to there, without the prompt's."""
+        text = "".join(self._take(Token(token)) for token in progress.token_ids)
+        self._final = len(text)
         self._given = progress.characters - len(self._echoed)
         self._waiting.clear()
+        self._prompt_ids = ()
         if self._log is not None:
             self._log.end()
+        return text[: self._given]
 
     def add(self, tokens: Sequence[Token]) -> GenerationChunk | None:
         """The next chunk; None while no more text is final. Behind the one with a finish_reason there is none."""
-        text = ""
+        text, began = "", not self.generated
         for token in tokens:
+            if began:
+                began, self._times = False, EngineTimes(token.queued_s, token.prefill_s)
+            self._cached += token.reused
             text += self._take(token)
             reason: FinishReason | None = "stop" if self._stream.stopped else token.finish_reason
             if reason is not None:
@@ -113,7 +122,10 @@ class CompletionState:
     ) -> GenerationChunk:
         if self._log is not None:
             logged = self._log.take_prompt() + logged
-        return GenerationChunk(text, ids, reason, self._prompt_tokens, len(self.generated), logged)
+        prompt_ids, self._prompt_ids = self._prompt_ids, ()
+        times, self._times = self._times, None
+        counts = self._prompt_tokens, len(self.generated)
+        return GenerationChunk(text, ids, reason, *counts, logged, prompt_ids, self._cached, engine_times=times)
 
 
 class TokenLog:
@@ -132,10 +144,20 @@ class TokenLog:
         # Where a text begins with a space itself, sentencepiece puts none in front of it.
         continues = text == " " + self._tokenizer.decode([token.id for token in tokens])
         generated, self._text = self._text, IncrementalDetokenizer(self._tokenizer, continues)
-        for token in tokens:
-            self.add(token)
+        for _, run in groupby(tokens, key=lambda token: token.id):
+            alike = list(run)
+            for index, token in enumerate(alike):
+                self.add(token)
+                self._offset += self._spelled_length(token, len(alike) - index, text)
         self._text, self._offset, self._begun = generated, len(text), b""
         self._prompt, self._waiting = self._waiting, []
+
+    def _spelled_length(self, token: Token, alike: int, text: str) -> int:
+        """Of a special token that the prompt spells at this place: it has no text of its own when it is decoded.
+        `alike`: how many of it follow each other from here on, so that one that the tokenizer added before a spelled
+        one is told from that."""
+        spelling = self._tokenizer.special_text(token.id)
+        return len(spelling) if spelling and text.startswith(spelling * alike, self._offset) else 0
 
     def take_prompt(self) -> tuple[LoggedToken, ...]:
         """The prompt's, at the first call."""
@@ -145,8 +167,7 @@ class TokenLog:
     def add(self, token: Token) -> None:
         token_bytes = self._tokenizer.token_bytes
         data = token_bytes(token.id)
-        # A character that cannot go on with this token is a U+FFFD before it.
-        offset = self._offset + (not _goes_on(self._begun, data))
+        offset = self._offset + _ended(self._begun, data)
         _, complete = codecs.utf_8_decode(self._begun + data, "replace", False)
         self._begun = (self._begun + data)[complete:]
         top = tuple((id, token_bytes(id), logprob) for id, logprob in token.top)
@@ -165,10 +186,8 @@ class TokenLog:
         return tuple(given)
 
 
-def _goes_on(begun: bytes, data: bytes) -> bool:
-    """Whether the character that `begun` are the first bytes of, if any, may go on with `data`."""
-    try:
-        codecs.utf_8_decode(begun + data[:1], "strict", False)
-    except UnicodeDecodeError:
-        return not begun
-    return True
+def _ended(begun: bytes, data: bytes) -> int:
+    """How many characters of `begun`, which was held back, have ended where `data` begins. A character that cannot go
+    on with it is a U+FFFD before it. There may be two: Python's decoder holds back both bytes of a surrogate's
+    beginning (0xED 0xA0), of which neither goes on."""
+    return max(0, len((begun + data[:1]).decode(errors="replace")) - 1)

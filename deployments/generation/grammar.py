@@ -7,6 +7,7 @@ import json
 import re
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import any_to_lark
 
-from cluster.checkpoints.tokenizer_files import FileTokenizer
+from cluster.checkpoints.tokenizer.files import FileTokenizer
 from cluster.errors import InvalidRequestError
 from deployments.engines.base import Logits, TokenMask
 from deployments.generation.json_schema import Rewritten, rewritten, strings
@@ -23,7 +24,7 @@ from deployments.records import Grammar
 
 # A client writes schemas and grammars: what llguidance may spend on one is bounded, in all and for each token. The most
 # expensive texts within these bounds take about a second to compile and some tens of megabytes.
-MAX_CHARACTERS = {"json_schema": 64 * 1024, "grammar": 16 * 1024}
+MAX_CHARACTERS = {"json_schema": 64 * 1024, "grammar": 16 * 1024, "tool_calls": 64 * 1024}
 MAX_GBNF_RULES = 500  # converting them to Lark takes time that is quadratic in their number
 LIMITS = LLParserLimits(
     step_max_items=20_000,
@@ -88,6 +89,8 @@ class GrammarCompiler:
             )
         if grammar.kind == "grammar":
             return _on_deep_stack(lambda: self._built(_from_grammar(grammar), grammar.field))
+        if grammar.kind == "tool_calls":
+            return _on_deep_stack(partial(self._tool_calls, grammar))
         schema = _from_schema(grammar)
 
         def build() -> LLMatcher:
@@ -98,6 +101,18 @@ class GrammarCompiler:
                 raise schema.place_of(said, _complaint).refusal(said) from error
 
         return _on_deep_stack(build)
+
+    def _tool_calls(self, grammar: Grammar) -> LLMatcher:
+        calls = json.loads(grammar.text)
+        schemas = [rewritten(schema, f"{grammar.field}.{tool}.parameters") for tool, schema in calls["schemas"]]
+        values = {f"arguments{index}": each.schema for index, each in enumerate(schemas)}
+        try:
+            return self._built(embedded(calls["rules"], values), grammar.field)
+        except InvalidRequestError:
+            for each in schemas:
+                if complaint := _complaint(each.schema):
+                    raise each.place_of(complaint, _complaint).refusal(complaint) from None
+            raise
 
     def _built(self, source: str, field: str) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LIMITS)
@@ -167,8 +182,13 @@ def _from_schema(grammar: Grammar) -> Rewritten:
 
 
 def with_style(schema: dict[str, Any]) -> str:
-    value = {"name": "value", "json_schema": schema | {"x-guidance": JSON_STYLE}}
-    return json.dumps({"grammars": [{"lark_grammar": JSON_START}, value]})
+    return embedded(JSON_START, {"value": schema})
+
+
+def embedded(rules: str, schemas: dict[str, dict[str, Any]]) -> str:
+    """Rules in Lark's syntax, in which `@name` is a JSON value of the schema of this name."""
+    values = [{"name": name, "json_schema": schema | {"x-guidance": JSON_STYLE}} for name, schema in schemas.items()]
+    return json.dumps({"grammars": [{"lark_grammar": rules}, *values]})
 
 
 def _complaint(schema: dict[str, Any]) -> str:

@@ -4,38 +4,60 @@ strings; and the token masks of grammars, which need to know what text a token i
 from __future__ import annotations
 
 import codecs
+import copy
 import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.checkpoints.folder import CONFIG_FILE
-from cluster.checkpoints.tokenizer_config import read_optional, read_tokenizer_config
-from cluster.checkpoints.tokenizer_files import end_tokens, load_tokenizer
+from cluster.checkpoints.tokenizer.config import TOKENIZER_CONFIG_FILE, read_optional, read_tokenizer_config
+from cluster.checkpoints.tokenizer.files import end_tokens, load_tokenizer
 from cluster.errors import ArtifactError, CheckpointError, EngineError, InvalidRequestError
+from cluster.model_config import ToolParser
 from deployments.engines.base import TokenMask
 from deployments.generation.chat import ChatTemplate
 from deployments.generation.grammar import GrammarCompiler
+from deployments.generation.tool_calls.reader import CallReader
 from deployments.records import Conversation, Grammar
 
 
 class Tokenizer:
-    """The tokenizer of an artifact's folder: what its files say (cluster/checkpoints/tokenizer_files.py), over bytes.
+    """The tokenizer of an artifact's folder: what its files say (cluster/checkpoints/tokenizer/files.py), over bytes.
 
     Decoding goes a token at a time (`token_bytes`). It differs from the `tokenizers` library's decode, and from
     sentencepiece's, in two points: of an invalid run of byte tokens the valid characters are kept, and
     clean_up_tokenization_spaces is not applied; both would change text that a stream has given away already.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Raises ArtifactError for a folder whose tokenizer cannot be loaded or is of a kind unknown here."""
+    def __init__(self, folder: Path, tool_parser: ToolParser | None = None) -> None:
+        """`tool_parser`: the form of tool calls, where the chat template does not tell.
+
+        Raises ArtifactError for a folder whose tokenizer cannot be loaded or is of a kind unknown here."""
         try:
             self._files = load_tokenizer(folder)
             self.eos_ids = end_tokens(folder, self._files)
-            template = read_tokenizer_config(folder).template
-            self._chat = ChatTemplate(template, self._files.names, read_optional(folder / CONFIG_FILE))
+            told = read_tokenizer_config(folder)
+            # What clients with the same tokenizer want to know of it.
+            self.info = {**read_optional(folder / TOKENIZER_CONFIG_FILE), "chat_template": told.template}
+            config = read_optional(folder / CONFIG_FILE)
+            self._chat = ChatTemplate(told.template, self._files.names, config, tool_parser, told.tool_template)
         except CheckpointError as error:
             raise ArtifactError(str(error)) from error
         self.strips_first_space = self._files.strips_first_space
+        self._spelled: dict[int, bytes] = {}  # special tokens that have a text
+
+    @functools.cached_property
+    def with_special_tokens(self) -> Tokenizer:
+        """The same tokenizer, but special tokens have the text that they are spelled with."""
+        other, special = copy.copy(self), self._files.special_ids
+        other._spelled = {id: text.encode() for text, id in self._files.vocabulary().items() if id in special}
+        return other
+
+    def with_text_of(self, special_tokens: Sequence[str]) -> Tokenizer:
+        """The same tokenizer, but those of these texts that are special tokens have them as their text."""
+        other, ids = copy.copy(self), self.special_ids(special_tokens)
+        other._spelled = {id: text for id, text in self.with_special_tokens._spelled.items() if id in ids}
+        return other
 
     def encode(self, text: str, add_special_tokens: bool = True, field: str = "prompt") -> tuple[int, ...]:
         """With the special tokens that the tokenizer adds to a prompt (llama's BOS), unless told otherwise.
@@ -55,12 +77,18 @@ class Tokenizer:
         except ValueError as error:
             raise InvalidRequestError(f"{field}: the model's tokenizer refuses it: {error}", field=field) from error
 
-    def encode_conversation(self, conversation: Conversation) -> tuple[int, ...]:
-        """What the assistant's next message follows. Special tokens as for a prompt, unless the template wrote them.
+    def encode_conversation(self, conversation: Conversation, opening: str = "") -> tuple[int, ...]:
+        """What the assistant's next message, or the rest of it behind its `opening`, follows. Special tokens as for a
+        prompt, unless the template wrote them.
 
         Raises InvalidRequestError for messages that the model's chat template refuses."""
-        text = self._chat.render(conversation)
-        return self.encode(text, add_special_tokens=not self._chat.wrote_bos(text), field="messages")
+        text, wanted = self._chat.render(conversation) + opening, conversation.add_special_tokens
+        return self.encode(text, not self._chat.wrote_bos(text) if wanted is None else wanted, field="messages")
+
+    def tool_form(self, forced: bool) -> type[CallReader]:
+        """The form in which the model calls tools; of `forced` calls there is one for each model. Raises
+        InvalidRequestError where the model would not be told of the tools, or its form is not known."""
+        return self._chat.tool_form(forced)
 
     def chat_stops(self) -> tuple[str, ...]:
         """Strings that end the assistant's message, besides the request's own."""
@@ -108,18 +136,24 @@ class Tokenizer:
         return detokenizer.add(ids) + detokenizer.end()
 
     def token_bytes(self, token: int) -> bytes:
-        """UTF-8, perhaps a part of a character; nothing for a special token and for an id beyond the tokenizer."""
-        return self._files.token_bytes(token)
+        """UTF-8, perhaps a part of a character; nothing for a special token, unless `with_special_tokens`, and for an
+        id beyond the tokenizer."""
+        return self._spelled.get(token) or self._files.token_bytes(token)
+
+    def special_text(self, token: int) -> str:
+        """How a special token is spelled in a prompt; nothing for any other id."""
+        return self._files.special_text(token)
 
     def special_ids(self, texts: Sequence[str]) -> frozenset[int]:
-        """The special tokens among those that are spelled as one of `texts`."""
-        return frozenset(id for text in texts if (id := self._files.token_id(text)) in self._files.special_ids)
+        """The special tokens without a text among those that are spelled as one of `texts`."""
+        special = self._files.special_ids.difference(self._spelled)
+        return frozenset(id for text in texts if (id := self._files.token_id(text)) in special)
 
     def leading_bytes(self, token: int) -> bytes | None:
         """The bytes of a token where nothing of the text has come before it; None where nothing has come still."""
         if not self.token_bytes(token):
             return None
-        data = self._files.first_bytes(token)
+        data = self._spelled.get(token) or self._files.first_bytes(token)
         return None if self._files.strips_on and not data else data
 
 

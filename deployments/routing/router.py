@@ -1,46 +1,64 @@
-"""The router's one path, under HTTP and gRPC alike: find the model, refuse what cannot run, stream what it says.
-
-It knows nothing of Ray: a served model is reached through the small protocol `ServedModel`.
-"""
+"""The models that are served, by their names. It knows nothing of Ray: a served model is reached through the small
+protocol `ServedModel`."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
-from cluster.config import LimitsConfig, ModelConfig
+from cluster.config import LimitsConfig
 from cluster.errors import ModelNotFoundError, UnavailableError
-from deployments.records import Conversation, FinishReason, GenerationChunk, GenerationRequest, LoggedToken
-
-T = TypeVar("T")
+from cluster.model_config import ModelConfig
+from deployments.records import Conversation, GenerationChunk, GenerationRequest
+from deployments.routing.admission import REASONS
+from deployments.routing.model_admission import ModelAdmission
 
 
 class ServedModel(Protocol):
+    """What takes longer than `timeout_s` seconds (None: no bound) raises DeadlineError."""
+
     config: ModelConfig
+    admission: ModelAdmission  # which the caller of `generate` and `embed` passes first
+
+    @property
+    def awaited(self) -> bool:
+        """Whether requests wait for its first replica instead of being refused."""
+        ...
 
     def ready(self) -> bool:
-        """Whether at least one replica runs."""
+        """Whether it takes requests: a replica runs, or the first request starts one."""
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
         """Raises RequestError, at the first chunk or later. Closing the generator stops the replica."""
         ...
 
-    async def tokenize(self, text: str | Conversation, add_special_tokens: bool) -> list[int]: ...
+    def end(self, error: Exception) -> None:
+        """What is in flight raises this error, and stops."""
+        ...
 
-    async def detokenize(self, ids: Sequence[int]) -> str: ...
+    async def tokenize(
+        self, text: str | Conversation, add_special_tokens: bool, timeout_s: float | None
+    ) -> list[int]: ...
 
-    async def embed(self, prompt: str | tuple[int, ...], max_tokens: int | None) -> tuple[list[float], int]:
+    async def tokenizer_info(self, timeout_s: float | None) -> dict[str, Any]:
+        """As `Tokenizer.info` says."""
+        ...
+
+    async def detokenize(self, ids: Sequence[int], timeout_s: float | None) -> str: ...
+
+    async def embed(
+        self, prompt: str | tuple[int, ...], max_tokens: int | None, timeout_s: float | None
+    ) -> tuple[list[float], int]:
         """The vector, and how many tokens the prompt has, `max_tokens` at most."""
         ...
 
 
 class ModelCard(NamedTuple):
-    """What clients are told of a model."""
+    """What clients are told of a model, by its name or one of its aliases. `root`: its name."""
 
     id: str
+    root: str
     family: str
     engine: str
     quantization: str
@@ -48,169 +66,62 @@ class ModelCard(NamedTuple):
     ready: bool
 
 
-class ChoiceChunk(NamedTuple):
-    """A piece of one of a request's sequences."""
-
-    sequence: int
-    chunk: GenerationChunk
-
-
-class Completion(NamedTuple):
-    text: str
-    finish_reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[LoggedToken, ...]
-
-
 class Router:
     def __init__(self, models: Mapping[str, ServedModel], limits: LimitsConfig | None = None) -> None:
-        self._models = models
-        self.limits = limits or LimitsConfig()
+        self.change(models, limits or LimitsConfig())
+        self.draining = False  # nothing new is taken, and no model is ready
+
+    def change(self, models: Mapping[str, ServedModel], limits: LimitsConfig) -> None:
+        """Requests in flight go on as they began."""
+        self._models, self.limits = models, limits
+        self._by_name = {name: model for own, model in models.items() for name in (own, *model.config.aliases)}
+
+    def end(self, error: Exception) -> None:
+        """All requests in flight raise this error."""
+        for model in self._models.values():
+            model.end(error)
 
     def cards(self) -> list[ModelCard]:
-        return [card(model) for model in self._models.values()]
+        """The models by all their names: each one's own, then its aliases."""
+        return [self._card(name, model) for name, model in self._by_name.items()]
 
     def card(self, name: str) -> ModelCard:
         """Raises ModelNotFoundError."""
-        return card(self._known(name))
+        return self._card(name, self._known(name))
+
+    def own_name(self, name: str) -> str | None:
+        """Of the model with this name or alias, ready or not."""
+        model = self._by_name.get(name)
+        return None if model is None else model.config.name
+
+    def refusals(self) -> dict[str, dict[str, int]]:
+        """Of each model's queue so far, by reason, those that never occurred included."""
+        queues = {name: model.admission.queue for name, model in self._models.items()}
+        return {name: {reason: queue.refusals[reason] for reason in REASONS} for name, queue in queues.items()}
 
     def not_ready(self) -> list[str]:
-        """The models without a running replica."""
-        return [name for name, model in self._models.items() if not model.ready()]
+        """The models that do not take requests."""
+        return [card.id for card in self.cards() if not card.ready and card.id == card.root]
 
     def model(self, name: str) -> ServedModel:
-        """Raises ModelNotFoundError, or UnavailableError while it has no replica."""
+        """Raises ModelNotFoundError, or UnavailableError while it has no replica and none is awaited."""
+        if self.draining:
+            raise going_down()
         model = self._known(name)
-        if not model.ready():
+        if not model.ready() and not model.awaited:
             raise UnavailableError(f"model {name}: no replica is ready yet; try again later")
         return model
 
+    def _card(self, name: str, model: ServedModel) -> ModelCard:
+        config, ready = model.config, model.ready() and not self.draining
+        return ModelCard(name, config.name, config.family, config.engine, config.ggml_type, config.context, ready)
+
     def _known(self, name: str) -> ServedModel:
-        model = self._models.get(name)
+        model = self._by_name.get(name)
         if model is None:
-            raise ModelNotFoundError(f"model: found {name!r}, served are {', '.join(sorted(self._models))}")
+            raise ModelNotFoundError(f"model: found {name!r}, served are {', '.join(sorted(self._by_name))}")
         return model
 
-    async def generate(self, name: str, requests: Sequence[GenerationRequest]) -> AsyncGenerator[ChoiceChunk, None]:
-        """The chunks of all sequences as they come, each sequence's in order; the last one of each carries
-        finish_reason and its token counts.
 
-        Raises what `model` raises, or a replica (InvalidRequestError for a prompt that is too long, QueueFullError,
-        DeadlineError); the other sequences then end too.
-        """
-        model = self.model(name)
-        if len(requests) == 1:
-            async with aclosing(model.generate(requests[0])) as only:
-                async for chunk in only:
-                    yield ChoiceChunk(0, chunk)
-            return
-        # No more at once than the replicas hold: the rest of a wide request waits here, not in the model's queue,
-        # which it would fill.
-        slots = asyncio.Semaphore(model.config.max_ongoing * model.config.replicas.max)
-        chunks: asyncio.Queue[ChoiceChunk | BaseException | None] = asyncio.Queue()
-
-        async def run(index: int, request: GenerationRequest) -> None:
-            try:
-                async with slots, aclosing(model.generate(request)) as own:
-                    async for chunk in own:
-                        chunks.put_nowait(ChoiceChunk(index, chunk))
-                chunks.put_nowait(None)
-            except Exception as error:  # noqa: BLE001 - raised again by the one who takes it
-                chunks.put_nowait(error)
-
-        tasks = [asyncio.create_task(run(index, request)) for index, request in enumerate(requests)]
-        try:
-            left = len(tasks)
-            while left:
-                item = await chunks.get()
-                if item is None:
-                    left -= 1
-                elif isinstance(item, BaseException):
-                    raise item
-                else:
-                    yield item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def card(model: ServedModel) -> ModelCard:
-    config = model.config
-    return ModelCard(config.name, config.family, config.engine, config.ggml_type, config.context, model.ready())
-
-
-async def paced(items: AsyncGenerator[T, None], seconds: float) -> AsyncGenerator[T | None, None]:
-    """The same items; None whenever the first one keeps its taker waiting for another `seconds`."""
-    first = asyncio.ensure_future(anext(items))
-    try:
-        while not first.done():
-            await asyncio.wait({first}, timeout=seconds)
-            if not first.done():
-                yield None
-        yield first.result()
-        async for item in items:
-            yield item
-    finally:
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
-        await items.aclose()
-
-
-async def collect(chunks: AsyncGenerator[ChoiceChunk, None], sequences: int) -> list[Completion]:
-    """The whole completions of an unstreamed request, in the order of its sequences."""
-    parts: list[list[GenerationChunk]] = [[] for _ in range(sequences)]
-    async for sequence, chunk in chunks:
-        parts[sequence].append(chunk)
-    return [joined(part) for part in parts]
-
-
-def joined(chunks: Sequence[GenerationChunk]) -> Completion:
-    last = chunks[-1]
-    assert last.finish_reason is not None, "the last chunk carries finish_reason"
-    return Completion(
-        text="".join(chunk.text for chunk in chunks),
-        finish_reason=last.finish_reason,
-        prompt_tokens=last.prompt_tokens,
-        completion_tokens=last.completion_tokens,
-        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-        logprobs=tuple(token for chunk in chunks for token in chunk.logprobs),
-    )
-
-
-def best(completions: Sequence[Completion], n: int, sequences: int) -> list[Completion]:
-    """Of each prompt's `sequences` completions the `n` with the highest mean log probability a token, best first."""
-    if sequences == n:
-        return list(completions)
-    chosen = []
-    for start in range(0, len(completions), sequences):
-        chosen += sorted(completions[start : start + sequences], key=mean_logprob, reverse=True)[:n]
-    return chosen
-
-
-def mean_logprob(completion: Completion) -> float:
-    logprobs = [token.logprob for token in completion.logprobs if token.logprob is not None]
-    return sum(logprobs) / len(logprobs) if logprobs else 0.0
-
-
-class UsageCount:
-    """Prompt tokens, each prompt's once however many sequences continue it, and completion tokens of all, so far."""
-
-    def __init__(self, sequences: int) -> None:
-        self._sequences = sequences
-        self._prompts: dict[int, int] = {}
-        self._completions: dict[int, int] = {}
-
-    def add(self, sequence: int, chunk: GenerationChunk) -> None:
-        self._prompts[sequence // self._sequences] = chunk.prompt_tokens
-        self._completions[sequence] = chunk.completion_tokens
-
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(self._prompts.values())
-
-    @property
-    def completion_tokens(self) -> int:
-        return sum(self._completions.values())
+def going_down() -> UnavailableError:
+    return UnavailableError("the server is shutting down; try again later, or at another one")

@@ -30,8 +30,8 @@ from cluster.artifacts.manifest import Manifest
 from cluster.bench.figures import Level, levels_of, ratios, spreads
 from cluster.bench.grpc_client import GrpcClient
 from cluster.bench.http_client import HttpClient
+from cluster.bench.load_records import Client, Load, LoadSettings, Server
 from cluster.bench.prompts import TOKEN_PROMPTS, token_prompts
-from cluster.bench.records import Client, Load, Server, Settings
 from cluster.bench.results import results
 from cluster.bench.runner import Bench
 from cluster.commands.bench import loads_of
@@ -89,8 +89,8 @@ def loads(given: argparse.Namespace) -> tuple[Load, ...]:
     return loads_of(given.concurrency or (None if given.rate else CONCURRENCY), given.rate)
 
 
-def settings_of(given: argparse.Namespace, compared: dict[str, System]) -> Settings:
-    return Settings(
+def settings_of(given: argparse.Namespace, compared: dict[str, System]) -> LoadSettings:
+    return LoadSettings(
         servers=tuple(Server(name, system.url, "model") for name, system in compared.items()),
         baseline=0,
         loads=loads(given),
@@ -106,7 +106,7 @@ def settings_of(given: argparse.Namespace, compared: dict[str, System]) -> Setti
     )
 
 
-def table_of(level: Level, settings: Settings, input_tokens: int) -> Table:
+def table_of(level: Level, settings: LoadSettings, input_tokens: int) -> Table:
     """Tokens/s in all are those of prompts and completions together."""
     names = [server.label for server in settings.servers]
     rival = names.index("llama-server") if "llama-server" in names else None

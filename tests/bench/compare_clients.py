@@ -7,7 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from cluster.bench.records import Failure, Fields, Prompt, Reply
+from cluster.bench.load_records import Failure, Fields, Prompt, Reply
 from deployments.engines.base import Engine, TokenRequest
 from deployments.records import SamplingParams
 

@@ -27,10 +27,10 @@ from rich.table import Table
 
 from cluster.bench.grpc_client import GrpcClient
 from cluster.bench.http_client import HttpClient
+from cluster.bench.load_records import Client, Fields, Prompt
 from cluster.bench.prompts import token_prompts
-from cluster.bench.records import Client, Fields, Prompt
 from cluster.checkpoints.folder import read_config
-from cluster.commands.status import ask
+from cluster.commands.status import replica_info
 from cluster.ray_cluster import joined_cluster
 from deployments.generation.text import IncrementalDetokenizer, Tokenizer
 from tests.bench.serving import NOW, Served, model_of, run_with, serving, workload_parser
@@ -66,9 +66,9 @@ async def client_times(client: Client, fields: Fields, prompts: Iterator[Prompt]
 
 async def added_ms(client: Client, fields: Fields, prompts: Iterator[Prompt], concurrency: int) -> tuple[float, float]:
     """Means of the milliseconds to the first token, of clients and of the engine."""
-    before = await ask("model", "info")
+    before = await replica_info("model")
     seen = await client_times(client, fields, prompts, concurrency)
-    after = await ask("model", "info")
+    after = await replica_info("model")
     assert after["requests"] - before["requests"] == len(seen), "nobody else asks"
     return 1000 * mean(seen), 1000 * (after["first_token_s"] - before["first_token_s"]) / len(seen)
 

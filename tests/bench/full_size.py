@@ -39,6 +39,7 @@ from tests.bench.measured import descendants, measure, memory_of, title_of
 from tests.bench.serving import NOW, ROOT, answers
 from tests.default_checkpoints import mend_llama, write_default_checkpoint
 from tests.hub_lookalike import HubLookalike
+from tests.ray_titles import replica_of
 
 STEPS = ("make", "convert", "pipeline", "bigdl", "openvino", "bigdl-two", "openvino-two", "hub")
 NEEDED_BYTES = 25 << 30  # of disk: the checkpoint, the artifact, what the engine derives, one copy more
@@ -174,7 +175,7 @@ def watched_start(child: subprocess.Popen[bytes], log: Path, url: str) -> Figure
         if failure:
             return {**figures, **seen, "failed": failure, "last_lines": text.splitlines()[-8:]}
         titles = {pid: title_of(pid) for pid in descendants({child.pid})}
-        replicas = [pid for pid, title in titles.items() if "ServeReplica" in title and "model" in title]
+        replicas = [pid for pid, title in titles.items() if replica_of(title) == "model"]
         private = sum(memory_of(pid).private for pid in replicas)
         figures["peak_private_gib"] = max(figures["peak_private_gib"], gib(private))
         if "Ray cluster at" in text and "cluster_s" not in seen:
@@ -214,7 +215,7 @@ def replicas_memory(root: int) -> Figures:
     processes share counts once."""
     before, deadline = -1.0, NOW() + SETTLED_S
     while True:
-        pids = [pid for pid in descendants({root}) if "ServeReplica" in title_of(pid) and "model" in title_of(pid)]
+        pids = [pid for pid in descendants({root}) if replica_of(title_of(pid)) == "model"]
         each = [memory_of(pid) for pid in pids]
         private = gib(sum(memory.private for memory in each))
         if private == before or NOW() > deadline:

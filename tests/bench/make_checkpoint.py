@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster.checkpoints.hyperparameters import read_hyperparameters
-from cluster.conversion.layouts import LAYOUTS, tensor_rules
-from cluster.families import FAMILY_NAMES
+from cluster.families import FAMILIES, FAMILY_NAMES
 from tests.random_checkpoint import Shape, model_config, write_tokenizer
 
 BLOCK = np.random.default_rng(0).normal(0, 0.02, 1 << 22).astype("<f2")
@@ -30,9 +29,9 @@ def write_checkpoint(folder: Path, shape: Shape, files: int) -> None:
     config = model_config(shape) | {"torch_dtype": "float16", "max_position_embeddings": 2048}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     write_tokenizer(folder, shape)
-    layout, model = LAYOUTS[shape.family], read_hyperparameters(folder, config, shape.family)
+    layout, model = FAMILIES[shape.family].layout, read_hyperparameters(folder, config, shape.family)
     shapes: Shapes = {}
-    for rule in tensor_rules(shape.family, model):
+    for rule in FAMILIES[shape.family].tensors(model):
         if model.tied and rule.source == layout.output:
             continue
         shapes[rule.source if rule.source == layout.output else layout.prefix + rule.source] = rule.source_shape

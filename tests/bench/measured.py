@@ -63,24 +63,24 @@ def measure(
 ) -> Measured:
     """Raises RuntimeError with the command's output where it fails, or takes longer than `timeout` seconds."""
     result, started, cpu_before = Measured(), time.perf_counter(), _children_cpu()
-    child = subprocess.Popen(
+    with subprocess.Popen(
         command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    known = {child.pid}
-    count = 0
-    try:
-        while child.poll() is None:
-            known |= descendants(known)
-            _sample(known, title, result, with_sum=count % SAMPLES_A_SUM == 0)
-            count += 1
-            time.sleep(SAMPLE_S)
-            if time.perf_counter() - started > timeout:
-                child.kill()
-    finally:
-        child.kill()
-    result.seconds, result.cpu_seconds = time.perf_counter() - started, _children_cpu() - cpu_before
-    assert child.stdout is not None
-    result.output = child.stdout.read()
+    ) as child:
+        known = {child.pid}
+        count = 0
+        try:
+            while child.poll() is None:
+                known |= descendants(known)
+                _sample(known, title, result, with_sum=count % SAMPLES_A_SUM == 0)
+                count += 1
+                time.sleep(SAMPLE_S)
+                if time.perf_counter() - started > timeout:
+                    child.kill()
+        finally:
+            child.kill()
+        result.seconds, result.cpu_seconds = time.perf_counter() - started, _children_cpu() - cpu_before
+        assert child.stdout is not None
+        result.output = child.stdout.read()
     result.written = sum(result._written_by.values())
     if child.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}: {result.output[-2000:]}")

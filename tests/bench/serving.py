@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import httpx
 
-from cluster.config import ModelConfig
+from cluster.model_config import ModelConfig
 from cluster.ray_cluster import free_ports
 
 ROOT = Path(__file__).parents[2]

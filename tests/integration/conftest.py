@@ -10,31 +10,21 @@ from pathlib import Path
 import pytest
 
 from cluster.ray_cluster import free_ports, local_cluster
-from tests.integration.processes import Sandbox, Served, sandbox, serving
+from tests.integration.processes import Sandbox, sandbox
 
 RAY = Path(sys.executable).parent / "ray"
 
-# The four demos, and a model whose queue fills at once.
-CONFIG = """
-models:
-- {name: llama, family: llama, checkpoint: 'builtin:llama'}
-- {name: gptneox, family: gptneox, checkpoint: 'builtin:gptneox'}
-- {name: bloom, family: bloom, checkpoint: 'builtin:bloom'}
-- {name: starcoder, family: starcoder, checkpoint: 'builtin:starcoder'}
-- {name: narrow, family: llama, checkpoint: 'builtin:llama', threads: 1, queue: {max_ongoing: 1, max_queued: 1}}
-"""
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the modules that use `ray_node` last: this process can have one Ray cluster at a time, and others start
+    their own."""
+    on_node = {item.path for item in items if "ray_node" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path in on_node)
 
 
 @pytest.fixture(scope="session")
-def served() -> Iterator[Served]:
-    """One `nibble serve` of four families for all tests that only ask it."""
-    http_port, grpc_port = free_ports(2)
-    with sandbox() as home, serving(home, CONFIG, http_port, grpc_port) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
 def ray_node() -> Iterator[None]:
+    """One Ray node for all tests that need this process to be a driver."""
     with sandbox() as home, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", str(home.ray_tmpdir))
         with local_cluster(2):

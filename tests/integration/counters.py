@@ -57,10 +57,10 @@ def until(ask: Ask, model: str, holds: Callable[[dict[str, Any]], bool]) -> dict
 
 async def answer() -> None:
     """A line of JSON for each line of the standard input, a model's name."""
-    from cluster.commands.status import ask
+    from cluster.commands.status import replica_info
 
     while model := (await asyncio.to_thread(sys.stdin.readline)).strip():
-        print(json.dumps(await ask(model, "info")), flush=True)
+        print(json.dumps(await replica_info(model)), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,28 +14,41 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.ray_titles import replica_of
+
 NIBBLE = (sys.executable, "-m", "cluster.cli")
 ROOT = Path(__file__).parent.parent.parent
+# In a user namespace, where this user has another id; its files stay its own.
+NAMELESS = ("unshare", "--user", "--map-user=54321", "--map-group=54321")
+OF_A_USER = ("HOME", "USER", "LOGNAME", "USERNAME", "XDG_CACHE_HOME", "HF_HOME")
 
 
 @dataclass
 class Sandbox:
-    """A home folder (node cache, Ray's token) and a Ray folder with a path short enough for its sockets."""
+    """A home folder (node cache, Ray's token) and a Ray folder with a path short enough for its sockets.
+
+    `nameless`: the commands run as a user that has no name and no home, and HOME is not set."""
 
     home: Path
     ray_tmpdir: Path
     extra: dict[str, str] = field(default_factory=dict)
+    nameless: bool = False
+
+    @property
+    def nibble(self) -> tuple[str, ...]:
+        return (*NAMELESS, *NIBBLE) if self.nameless else NIBBLE
 
     @property
     def environment(self) -> dict[str, str]:
         own = {"HOME": str(self.home), "RAY_TMPDIR": str(self.ray_tmpdir), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
         # Without what Ray has set in this process, where a test has a node of its own here.
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        return {**inherited, **own, **self.extra}
+        every = {**inherited, **own, **self.extra}
+        return {name: value for name, value in every.items() if not (self.nameless and name in OF_A_USER)}
 
     def run(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*NIBBLE, *arguments],
+            [*self.nibble, *arguments],
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -45,15 +59,27 @@ class Sandbox:
 
     def processes(self) -> list[str]:
         """The command lines of the processes that carry this sandbox in their environment."""
+        return [command for _, command, _ in self._processes()]
+
+    def titled(self) -> list[tuple[int, str]]:
+        """The same with their ids."""
+        return [(pid, command) for pid, command, _ in self._processes()]
+
+    def folders_outside(self) -> set[Path]:
+        """What its processes use in /tmp beside the sandbox: HAProxy's files."""
+        found = {name for *_, environment in self._processes() for name in re.findall(rb"/tmp/nibble-\w+", environment)}
+        return {Path(name.decode()) for name in found}
+
+    def _processes(self) -> Iterator[tuple[int, str, bytes]]:
+        """Id, command line and environment of each."""
         marker = f"RAY_TMPDIR={self.ray_tmpdir}\0".encode()
-        found = []
         for process in Path("/proc").glob("[0-9]*"):
             try:
-                if marker in (process / "environ").read_bytes():
-                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+                if marker in (environment := (process / "environ").read_bytes()):
+                    command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    yield int(process.name), command.strip(), environment
             except OSError:
                 continue  # it ended meanwhile, or is another user's
-        return found
 
     def wait_no_processes(self, timeout: float = 20) -> list[str]:
         """What is still there after `timeout` seconds at most."""
@@ -64,12 +90,12 @@ class Sandbox:
 
 
 @contextmanager
-def sandbox(**extra: str) -> Iterator[Sandbox]:
+def sandbox(nameless: bool = False, **extra: str) -> Iterator[Sandbox]:
     with tempfile.TemporaryDirectory(prefix="nbt", ignore_cleanup_errors=True) as folder:
         home, ray_tmpdir = Path(folder) / "home", Path(folder) / "ray"
         home.mkdir()
         ray_tmpdir.mkdir()
-        yield Sandbox(home, ray_tmpdir, extra)
+        yield Sandbox(home, ray_tmpdir, extra, nameless)
 
 
 @dataclass
@@ -114,7 +140,7 @@ def serving(
     log = home.home / "serve.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*NIBBLE, "serve", str(path), *arguments],
+            [*home.nibble, "serve", str(path), *arguments],
             stdout=file,
             stderr=subprocess.STDOUT,
             text=True,
@@ -141,3 +167,20 @@ def wait_for_line(served: Served, words: str, timeout: float) -> None:
         assert served.process.poll() is None, f"nibble serve ended early:\n{served.output}"
         assert time.monotonic() < deadline, f"no {words!r} within {timeout} s:\n{served.output}"
         time.sleep(0.1)
+
+
+def assert_ends_cleanly(served: Served, number: int) -> None:
+    """Ends `nibble serve` by a signal, which leaves no process and no file."""
+    home = served.sandbox
+    outside = home.folders_outside()
+    assert outside
+    assert served.stop(number) == 0, served.output
+    assert home.wait_no_processes() == []
+    assert list(home.ray_tmpdir.iterdir()) == []
+    assert not list((home.home / ".cache" / "nibble" / "clusters").glob("*"))
+    assert not any(folder.exists() for folder in outside)
+
+
+def replicas(home: Sandbox, deployment: str) -> set[int]:
+    """The processes of a deployment's replicas."""
+    return {pid for pid, title in home.titled() if replica_of(title) == deployment}

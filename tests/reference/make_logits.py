@@ -23,10 +23,10 @@ from cluster.artifacts.ggml import data_bytes
 from cluster.checkpoints.hyperparameters import read_hyperparameters
 from cluster.checkpoints.sources import DEMOS
 from cluster.checkpoints.weights import WeightsReader, weight_sources
-from cluster.conversion.layouts import LAYOUTS, base_name, tensor_rules
-from cluster.conversion.quantize import Quantizer
-from cluster.families import FAMILY_NAMES, FamilyName
-from deployments.engines.ggml_blocks import dequantize
+from cluster.conversion.layouts import base_name
+from cluster.conversion.quantize import quantizer
+from cluster.families import FAMILIES, FAMILY_NAMES, FamilyName
+from tests.ggml_weights import dequantize
 from tests.random_checkpoint import (
     OPENVINO_SHAPES,
     SHAPES,
@@ -55,12 +55,12 @@ def logits_of(folder: Path, family: FamilyName, ids: list[int]) -> np.ndarray:
 
 
 def dequantized_tensors(folder: Path, family: FamilyName) -> Tensors:
-    config, native = json.loads((folder / "config.json").read_text()), Quantizer(family)
-    rules = {rule.source: rule for rule in tensor_rules(family, read_hyperparameters(folder, config, family))}
+    config, native = json.loads((folder / "config.json").read_text()), quantizer(family)
+    rules = {rule.source: rule for rule in FAMILIES[family].tensors(read_hyperparameters(folder, config, family))}
     tensors: Tensors = {}
     with WeightsReader(folder) as reader:
         for name, source in weight_sources(folder).items():
-            rule = rules.get(base_name(name, LAYOUTS[family]))
+            rule = rules.get(base_name(name, FAMILIES[family].layout))
             if rule is None:  # a buffer
                 continue
             values = reader.rows(source, 0, source.shape[0])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.bench.records import Ending, Failure, Load, Reply, Run, Sent, Server, Settings
+from cluster.bench.load_records import Ending, Failure, Load, LoadSettings, Reply, Run, Sent, Server
 
 CLOSED = Load("concurrency", 2)
 OPEN = Load("rate", 4)
 FULL = Failure("HTTP 429", "queue full")
 
 
-def settings_for(*urls: str, **changes: Any) -> Settings:
+def settings_for(*urls: str, **changes: Any) -> LoadSettings:
     servers = tuple(Server(label, url, "m") for label, url in zip("ABC", urls, strict=False))
     values: dict[str, Any] = {
         "servers": servers,
@@ -27,7 +27,7 @@ def settings_for(*urls: str, **changes: Any) -> Settings:
         "time_limit_s": 60.0,
         "seed": 7,
     }
-    return Settings(**(values | changes))
+    return LoadSettings(**(values | changes))
 
 
 def sent(*chunks: float, due: float = 0.0, end: float | None = None, tokens: int | None = None) -> Sent:

@@ -3,6 +3,9 @@ ask a Hub."""
 
 from __future__ import annotations
 
+import functools
+import platform
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +19,27 @@ from tests.random_checkpoint import SHAPES, write_random_checkpoint
 from tests.unit.fakes import EchoModel
 from tests.unit.http_fakes import client_of
 from tests.unit.hub_client import point_at
+
+platform.platform()  # asks `uname -p` the first time, and keeps the answer
+
+
+@pytest.fixture(autouse=True)
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that starts a process belongs into tests/integration."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a unit test starts a process")
+
+    monkeypatch.setattr("subprocess.Popen.__init__", refuse)
+    monkeypatch.setattr("os.fork", refuse)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def certificates_read_once() -> Iterator[None]:
+    """Each HTTP client would read the certificates of all authorities anew, to speak to this machine without TLS."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ssl.create_default_context", functools.cache(ssl.create_default_context))
+        yield
 
 
 @pytest.fixture

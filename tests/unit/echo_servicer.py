@@ -7,18 +7,22 @@ from collections.abc import Iterator
 from typing import Any
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status.rpc_status import to_status
 
 from cluster.errors import NibbleError
-from deployments.status import headers_of, status_of
+from deployments.error_statuses import headers_of, rpc_status, status_of
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceServicer
 
 
 class Servicer(InferenceServicer):
-    """Echoes words as EchoModel does; raises `error` instead, in a stream after the first word."""
+    """Echoes words as EchoModel does; raises `error` instead, in a stream after the first word. `answer`: a stream's
+    choices instead, which together are the whole answer."""
 
     def __init__(self) -> None:
         self.error: NibbleError | None = None
+        self.answer: list[Any] = []
+        self.details = False  # whether an error has google.rpc's details
         self.requests: list[Any] = []
         self.metadata: dict[str, str] = {}
         self.left = threading.Event()
@@ -33,7 +37,8 @@ class Servicer(InferenceServicer):
     def _fail(self, context: Any) -> None:
         if self.error is not None:
             hints = [(name.lower(), value) for name, value in headers_of(self.error).items()]
-            context.set_trailing_metadata(hints)
+            details = to_status(rpc_status(self.error)).trailing_metadata if self.details else ()
+            context.set_trailing_metadata([*hints, *details])
             context.abort(status_of(self.error).grpc, str(self.error))
 
     def _choice(self, request: Any, words: list[str], start: int, last: bool) -> Any:
@@ -56,14 +61,15 @@ class Servicer(InferenceServicer):
         words = self._begin(request, context)
         self._fail(context)
         usage = pb.Usage(prompt_tokens=len(words), completion_tokens=len(words), total_tokens=2 * len(words))
-        return pb.GenerateResponse(
-            id="made", model=request.model, choices=[self._choice(request, words, 0, True)], usage=usage
-        )
+        choice = whole(self.answer) if self.answer else self._choice(request, words, 0, True)
+        return pb.GenerateResponse(id="made", model=request.model, choices=[choice], usage=usage)
 
     def GenerateStream(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802
         words = self._begin(request, context)
         context.add_callback(self.left.set)
-        for index, word in enumerate(words):
+        for choice in self.answer:
+            yield pb.GenerateStreamResponse(id="made", model=request.model, choice=choice)
+        for index, word in enumerate(() if self.answer else words):
             last = index == len(words) - 1
             usage = pb.Usage(prompt_tokens=len(words), completion_tokens=len(words), total_tokens=2 * len(words))
             yield pb.GenerateStreamResponse(
@@ -97,6 +103,17 @@ class Servicer(InferenceServicer):
         return pb.ListModelsResponse(
             models=[pb.Model(id="echo", ready=True, **one), pb.Model(id="absent", ready=False, **one)]
         )
+
+
+def whole(pieces: list[Any]) -> Any:
+    """The choice that a stream's pieces are of."""
+    choice = pb.Choice(text="".join(piece.text for piece in pieces), finish_reason=pieces[-1].finish_reason)
+    for call in (call for piece in pieces for call in piece.tool_calls):
+        if call.id:
+            choice.tool_calls.append(call)
+        else:
+            choice.tool_calls[call.index].arguments += call.arguments
+    return choice
 
 
 class Health(health_pb2_grpc.HealthServicer):

@@ -12,9 +12,10 @@ import pytest
 from cluster.config import AuthConfig, LimitsConfig, LoggingConfig
 from deployments.api.access import Access
 from deployments.api.calls import Calls
-from deployments.api.grpc_api import GrpcApi
-from deployments.api.grpc_calls import StreamFailedError
-from deployments.api.kserve_api import KserveApi
+from deployments.api.grpc.grpc_api import GrpcApi
+from deployments.api.grpc.grpc_calls import StreamFailedError
+from deployments.api.kserve.kserve_api import KserveApi
+from deployments.api.operations import Operations
 from deployments.routing.router import Router
 from protos import inference_pb2 as pb
 from tests.unit.fakes import EchoModel
@@ -35,7 +36,8 @@ class Context:
         self.metadata = [(name.replace("_", "-"), value) for name, value in metadata.items()]
         self.code: grpc.StatusCode | None = None
         self.details = ""
-        self.trailing: dict[str, str] = {}
+        self.trailing: dict[str, Any] = {}
+        self.binary: dict[str, bytes] = {}  # of the trailing metadata too
 
     def invocation_metadata(self) -> list[tuple[str, str]]:
         return self.metadata
@@ -46,8 +48,9 @@ class Context:
     def set_details(self, details: str) -> None:
         self.details = details
 
-    def set_trailing_metadata(self, metadata: list[tuple[str, str]]) -> None:
-        self.trailing = dict(metadata)
+    def set_trailing_metadata(self, metadata: list[tuple[str, Any]]) -> None:
+        self.trailing = {name: value for name, value in metadata if not name.endswith("-bin")}
+        self.binary = {name: value for name, value in metadata if name.endswith("-bin")}
 
 
 def log_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
@@ -56,8 +59,8 @@ def log_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
 
 def api_of(model: EchoModel, auth: AuthConfig | None = None, prompts: bool = False, **limits: Any) -> Api:
     api = Api()
-    api.router = Router({"echo": model, "absent": EchoModel("absent", ready=False)}, LimitsConfig(**limits))
-    api.calls = Calls(Access(auth or AuthConfig()), LoggingConfig(prompts=prompts))
+    router = Router({"echo": model, "absent": EchoModel("absent", ready=False)}, LimitsConfig(**limits))
+    api.operations = Operations(router, Calls(Access(auth or AuthConfig()), LoggingConfig(prompts=prompts)))
     return api
 
 

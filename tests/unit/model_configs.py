@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoints.hyperparameters import Hyperparameters, read_hyperparameters
+from cluster.checkpoints.hyperparameters import read_hyperparameters
 from cluster.families import FamilyName
+from cluster.families.architecture import Hyperparameters
 
 CONFIGS: dict[FamilyName, dict[str, Any]] = {
     "llama": {

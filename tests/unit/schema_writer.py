@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import re
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import jsonschema
+import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
 from deployments.generation.grammar import LIMITS, with_style
@@ -37,11 +41,41 @@ def _multiple_of(validator: Any, step: Any, value: Any, schema: Any) -> Iterator
         yield jsonschema.ValidationError(f"{written} is not a multiple of {step}")
 
 
+@cache
+def _exact(judge: Any) -> Any:
+    """This class of jsonschema's with an exact `multipleOf`."""
+    return jsonschema.validators.extend(judge, {"multipleOf": _multiple_of})
+
+
+def _python(source: str) -> str:
+    """A pattern of ECMA-262 as Python's `re` reads it: there the dot matches three line terminators more, and `$` also
+    stands before a last line feed."""
+    result, in_class = "", False
+    for token in re.findall(r"\\.|.", source, re.DOTALL):
+        in_class = token == "[" or (in_class and token != "]")
+        result += {".": r"[^\n\r\u2028\u2029]", "$": r"\Z"}.get(token, token) if not in_class else token
+    return result
+
+
+def _with_python_patterns(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_with_python_patterns(value) for value in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {key: _with_python_patterns(value) for key, value in schema.items()}
+    if isinstance(result.get("pattern"), str):
+        result["pattern"] = _python(result["pattern"])
+    if isinstance(patterns := result.get("patternProperties"), dict):
+        result["patternProperties"] = {_python(source): value for source, value in patterns.items()}
+    return result
+
+
 def check(schema: dict[str, Any], text: bytes) -> None:
     """Raises jsonschema.ValidationError, or ValueError for what is not JSON, where `text` violates `schema`."""
-    judge = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
-    judge = jsonschema.validators.extend(judge, {"multipleOf": _multiple_of})
-    judge(schema).validate(json.loads(text, parse_float=_Number))
+    judge = _exact(jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator))
+    value = json.loads(text, parse_float=_Number)
+    with contextlib.suppress(RecursionError):  # a $ref to itself, which JSON Schema leaves undefined
+        judge(_with_python_patterns(schema)).validate(value)
 
 
 def compiled(schema: dict[str, Any]) -> LLMatcher:
@@ -65,7 +99,8 @@ def write(matcher: LLMatcher, seed: int) -> bytes | None:
     while len(text) < 3 * SOON:
         bits = state.compute_bitmask()
         assert not state.is_error(), f"dead end after {bytes(text)!r}: {state.get_error():.80}"
-        allowed = [byte for byte in range(256) if bits[byte >> 3] >> (byte & 7) & 1]
+        mask = np.unpackbits(np.frombuffer(bits, np.uint8, 256 // 8), bitorder="little")
+        allowed = np.flatnonzero(mask).tolist()
         assert allowed or state.is_accepting(), f"dead end after {bytes(text)!r}"
         if state.is_accepting() and (not allowed or draw.random() < 0.3):
             return bytes(text)

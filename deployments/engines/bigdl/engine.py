@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from cluster.errors import EngineError
-from cluster.isa import Isa, choose_isa
+from cluster.machine.isa import Isa, choose_isa
 from deployments.cores import check_cores
 from deployments.engines.base import Token, TokenRequest
 from deployments.engines.bigdl.model import CachedModel, PrefillCancelledError, load_model
 from deployments.engines.bigdl.timings import Timings
 from deployments.engines.handover import Handover, closed_error
+from deployments.engines.health import EngineHealth
 from deployments.engines.requests import check_request
 from deployments.engines.sampling import Sampler, log_probabilities
 from deployments.records import FinishReason
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Counters:
+class EngineCounters:
     """Written by the worker thread alone."""
 
     requests: int = 0  # that reached the library
@@ -62,8 +63,10 @@ class BigdlEngine:
         self.context = context
         self.isa = choose_isa(isa)
         self.cores = check_cores(threads, cores)
-        self._counters = Counters()
+        self._counters = EngineCounters()
         self._closed = False
+        self._health = EngineHealth()
+        self._jobs = 0  # whose tasks wait for them
         started = time.perf_counter()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bigdl")
         try:
@@ -77,7 +80,7 @@ class BigdlEngine:
     async def generate(self, request: TokenRequest) -> AsyncGenerator[list[Token], None]:
         """See Engine.generate. Raises InvalidRequestError for a prompt or max_tokens that cannot be served."""
         check_request(request, self.context, self.vocab_size)
-        with self._job(partial(self._generate, request)) as handover:
+        with self._job(partial(self._generate, request, time.monotonic())) as handover:
             while True:
                 tokens = await handover.take()
                 yield tokens
@@ -106,9 +109,14 @@ class BigdlEngine:
             "threads": self.threads,
             "cores": ",".join(str(core) for core in self.cores),
             "context": self.context,
+            "running": min(1, self._jobs),
+            "waiting": max(0, self._jobs - 1),
             "mapped_bytes": self._model.mapped_bytes,  # of weights, which the node's replicas share
             **asdict(self._counters),
         }
+
+    def check_health(self, stall_s: float | None) -> None:
+        self._health.check(stall_s)
 
     def tokenize(self, text: bytes) -> list[int]:
         """Ids by the library's own tokenizer. Waits for its turn; do not call it on the event loop."""
@@ -137,12 +145,14 @@ class BigdlEngine:
         job = self._submit(lambda: self._run(work, handover))
         # A job that `close` drops from the queue must not leave its task waiting.
         job.add_done_callback(lambda job: handover.fail(closed_error()) if job.cancelled() else None)
+        self._jobs += 1
         try:
             yield handover
         finally:
             # A job that still waits for its turn never starts, one that runs ends before its next token.
             handover.cancel()
             job.cancel()
+            self._jobs -= 1
 
     def _submit(self, job: Callable[[], T]) -> Future[T]:
         if self._closed:
@@ -162,16 +172,22 @@ class BigdlEngine:
 
     def _run(self, work: Callable[[Handover[T]], None], handover: Handover[T]) -> None:
         self._counters.requests += 1
+        self._health.working()
         try:
             work(handover)
+            self._health.succeeded()
         except PrefillCancelledError:
             self._counters.cancelled += 1
             handover.fail(closed_error())
         except BaseException as error:  # noqa: BLE001 - it is raised again in the task that waits for the tokens
+            self._health.failed(error)
             self._model.forget()
             handover.fail(error)
+        finally:
+            self._health.idle()
 
-    def _generate(self, request: TokenRequest, handover: Handover[Token]) -> None:
+    def _generate(self, request: TokenRequest, came: float, handover: Handover[Token]) -> None:
+        begun = time.monotonic()
         counters, model, cancelled = self._counters, self._model, self._cancelled(handover)
         timings, started = Timings(load_s=self.timings.load_s), time.perf_counter()
         eos_ids, mask = request.eos_token_ids, request.mask
@@ -199,10 +215,12 @@ class BigdlEngine:
             if reason is not None:  # before the last token is handed over
                 timings.total_s = time.perf_counter() - started
                 self.timings = timings
+            first = count == len(request.generated) + 1
+            how = (reused, begun - came, time.monotonic() - begun) if first else ()
             if request.logprobs is None:
-                handover.put(Token(token, reason))
+                handover.put(Token(token, reason, None, (), *how))
             else:
-                handover.put(Token(token, reason, *log_probabilities(logits, token, request.logprobs)))
+                handover.put(Token(token, reason, *log_probabilities(logits, token, request.logprobs), *how))
             if reason is not None:
                 return
             with timings.decode.measure():
@@ -223,7 +241,11 @@ class BigdlEngine:
         handover.put(vector.tolist())
 
     def _cancelled(self, handover: Handover[T]) -> Callable[[], bool]:
-        return lambda: handover.cancelled or self._closed
+        def cancelled() -> bool:
+            self._health.working()  # asked between two calls of the library
+            return handover.cancelled or self._closed
+
+        return cancelled
 
     def _check_books(self) -> None:
         self._model.check_integrity()

@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from cluster.artifacts.manifest import TensorEntry
 from cluster.errors import EngineError
-from cluster.families import FamilyName
-from cluster.isa import Isa, load_library
+from cluster.families import FAMILIES, FamilyName
+from cluster.machine.isa import Isa, load_library
 from deployments.engines.base import Logits
 from deployments.engines.bigdl.mapped_tensors import MappedTensors
 
@@ -72,8 +72,10 @@ class NativeModel(Protocol):
 def load_native(binary: Path, family: FamilyName, isa: Isa, threads: int, context: int, quiet: bool) -> NativeModel:
     """Raises EngineError where the library says that it cannot load the file; some files make it abort instead, which
     is why an artifact is loaded in a child process (`deployments.engines.check`) before it is published."""
-    library = load_library(family, isa)
-    api = LlamaApi if family in ("llama", "gptneox") else ForwardApi
+    library, described = load_library(family, isa), FAMILIES[family].library
+    api = LlamaApi if described.api == "llama.cpp" else ForwardApi
+    if described.init_backend:
+        getattr(library, f"{family}_init_backend")()
     with _captured_output(quiet) as said:
         model = api.load(library, family, binary, threads, context)
     if model is None:
@@ -121,8 +123,6 @@ class LlamaApi:
 
     @classmethod
     def load(cls, library: ctypes.CDLL, prefix: str, binary: Path, threads: int, context: int) -> LlamaApi | None:
-        if prefix == "llama":
-            library.llama_init_backend()
         defaults = getattr(library, f"{prefix}_context_default_params")
         defaults.restype = _ContextParams
         params = defaults()

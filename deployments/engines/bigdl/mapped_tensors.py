@@ -33,8 +33,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.artifacts.manifest import TensorEntry
+from cluster.serve_settings import SERVE_LOGGER
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(SERVE_LOGGER)
 
 WORD = 8
 HANDLE_WORDS = 32  # of the model's handle that are searched for its ggml_context; it is word 13 or 15

@@ -10,7 +10,8 @@ import numpy as np
 
 from cluster.artifacts.manifest import Manifest
 from cluster.errors import ArtifactError, EngineError, InvalidRequestError
-from cluster.isa import Isa
+from cluster.families import FAMILIES
+from cluster.machine.isa import Isa
 from deployments.engines.base import Logits
 from deployments.engines.bigdl.library import Floats, NativeModel, load_native
 from deployments.engines.requests import check_ids, check_prompt
@@ -21,9 +22,6 @@ from deployments.engines.requests import check_ids, check_prompt
 # layers. With 24 layers of width 1,024 and a vocabulary of 250,880 tokens, a first batch of 32 takes 163 MiB, with the
 # KV cache of its tokens; one of 8 takes 23 MiB, but a prompt then takes half as long again.
 BLOCK = 32
-
-OUTPUT_TENSORS = ("output.weight", "embed_out.weight", "model/lm_head")
-POSITION_TENSOR = "model/wpe"
 
 
 class PrefillCancelledError(Exception):
@@ -156,6 +154,12 @@ def _check_finite(numbers: Floats, count: int) -> None:
         raise EngineError(f"the logits after {count} tokens are not finite: the artifact or the checkpoint is damaged")
 
 
+def position_rows(manifest: Manifest) -> int | None:
+    """Of the artifact's position table; None where it has none, and the context is not limited."""
+    table = FAMILIES[manifest.family].container.positions
+    return next((tensor.shape[0] for tensor in manifest.tensors if tensor.name == table), None)
+
+
 def load_model(folder: Path, threads: int, context: int, isa: Isa, quiet: bool = True) -> CachedModel:
     """Loads the artifact in `folder`. Raises ArtifactError for files that do not fit the manifest, EngineError for an
     artifact that is for other engines, a context that the model has not and what the library refuses."""
@@ -168,18 +172,19 @@ def load_model(folder: Path, threads: int, context: int, isa: Isa, quiet: bool =
     if not binary.is_file() or binary.stat().st_size != manifest.bytes:
         found = f"{binary.stat().st_size} bytes" if binary.is_file() else "no such file"
         raise ArtifactError(f"{binary}: found {found}, the manifest says {manifest.bytes} bytes: fetch it again")
-    positions = next((tensor.shape[0] for tensor in manifest.tensors if tensor.name == POSITION_TENSOR), None)
+    positions = position_rows(manifest)
     if context < 1 or (positions is not None and context > positions):
         allowed = f"1 to {positions}" if positions is not None else "1 and more"
         raise EngineError(f"context: found {context}, allowed for this {manifest.family} model is {allowed}")
-    # starcoder's library allocates the positions that the file has, whatever it is asked for.
+    # A library allocates the positions that the file has, whatever it is asked for.
     native = load_native(binary, manifest.family, isa, threads, context, quiet)
     try:
         native.share_weights(binary, manifest.tensors)
     except OSError as error:
         native.close()
         raise EngineError(f"{binary}: the system does not map this file into memory: {error.strerror}") from error
-    vocab_size = next((tensor.shape[0] for tensor in manifest.tensors if tensor.name in OUTPUT_TENSORS), None)
+    output = FAMILIES[manifest.family].container.output
+    vocab_size = next((tensor.shape[0] for tensor in manifest.tensors if tensor.name == output), None)
     if vocab_size != native.vocab_size:
         native.close()
         raise ArtifactError(f"{binary}: its vocabulary has {native.vocab_size} tokens, the manifest says {vocab_size}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Clock:
+class TimingsClock:
     """Seconds of all that was measured, and how many tokens it was."""
 
     seconds: float = 0.0
@@ -28,9 +28,9 @@ class Timings:
     """Of the model's load and of one request. `prompt` counts the tokens that were evaluated, not those reused."""
 
     load_s: float = 0.0
-    sample: Clock = field(default_factory=Clock)
-    prompt: Clock = field(default_factory=Clock)
-    decode: Clock = field(default_factory=Clock)
+    sample: TimingsClock = field(default_factory=TimingsClock)
+    prompt: TimingsClock = field(default_factory=TimingsClock)
+    decode: TimingsClock = field(default_factory=TimingsClock)
     total_s: float = 0.0
 
     def lines(self) -> list[str]:
@@ -45,7 +45,7 @@ class Timings:
         ]
 
 
-def per_token(clock: Clock, unit: str) -> str:
+def per_token(clock: TimingsClock, unit: str) -> str:
     milliseconds = clock.seconds * 1e3
     return (
         f"{milliseconds:8.2f} ms / {clock.tokens:5d} {unit} ({milliseconds / max(1, clock.tokens):8.2f} ms per token)"

@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-logger = logging.getLogger("ray.serve")
+from cluster.serve_settings import SERVE_LOGGER
+
+logger = logging.getLogger(SERVE_LOGGER)
 
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 

@@ -31,10 +31,11 @@ from cluster.artifacts.ggml import BLOCK_WEIGHTS
 from cluster.artifacts.manifest import Manifest, Record, TensorEntry
 from cluster.artifacts.node_cache import written
 from cluster.artifacts.verified import is_verified, mark_verified
-from cluster.checkpoints.hyperparameters import Hyperparameters, artifact_hyperparameters
-from cluster.isa import available_cores
+from cluster.checkpoints.hyperparameters import artifact_hyperparameters
+from cluster.families.architecture import Hyperparameters
+from cluster.machine.isa import available_cores
 from deployments.engines.ggml_blocks import BLOCKS
-from deployments.engines.openvino.recipes import Part, recipe
+from deployments.engines.openvino.graph_parts import StoredPart, graph_parts
 from deployments.engines.products.layout import TILE_BYTES, TILE_ROWS, tiles
 
 DERIVED_VERSION = 1
@@ -164,7 +165,7 @@ def _derive(folder: Path, manifest: Manifest, model: Hyperparameters, binary: Pa
     with written(binary), tempfile.NamedTemporaryFile(dir=binary.parent, prefix=".openvino.", delete=False) as file:
         try:
             with _HashedFile(file) as out:
-                for name, parts in recipe(manifest.family, model, entries):
+                for name, parts in graph_parts(manifest.family, model, entries):
                     matrix = _Rows(source, entries, parts)
                     tiled = in_tiles and matrix.type == "q4_0" and name not in LOOKED_UP
                     tensors[name] = _write_tiles(out, matrix) if tiled else _write_tensor(out, matrix)
@@ -222,7 +223,7 @@ class _Rows:
     a row], or numbers."""
 
     def __init__(
-        self, source: npt.NDArray[np.uint8], entries: Mapping[str, TensorEntry], parts: tuple[Part, ...]
+        self, source: npt.NDArray[np.uint8], entries: Mapping[str, TensorEntry], parts: tuple[StoredPart, ...]
     ) -> None:
         first = entries[parts[0].tensor]
         self.type = first.type

@@ -19,28 +19,30 @@ from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
-from cluster.config import OpenvinoConfig
 from cluster.errors import EngineError
-from cluster.isa import available_cores, available_memory, cpu_flags
+from cluster.machine.isa import available_cores, available_memory, cpu_flags
+from cluster.model_config import OpenvinoConfig
+from cluster.serve_settings import SERVE_LOGGER
 from deployments.cores import check_cores
 from deployments.engines.base import Token, TokenRequest
 from deployments.engines.cache_memory import trim_heap
 from deployments.engines.handover import Handover, closed_error
-from deployments.engines.openvino.batch import Batch
+from deployments.engines.health import EngineHealth
+from deployments.engines.openvino.batching.batch import Batch
+from deployments.engines.openvino.batching.draft_model import DraftModel
+from deployments.engines.openvino.batching.jobs import EmbedJob, GenerateJob, Job, ScoreJob
+from deployments.engines.openvino.batching.paged_cache import BLOCK_TOKENS, BlockPool
+from deployments.engines.openvino.batching.prompt_lookup import PromptLookup
+from deployments.engines.openvino.batching.scheduler import Guesser, Scheduler
 from deployments.engines.openvino.code_pages import scatter_code
 from deployments.engines.openvino.derived_weights import derived_weights
-from deployments.engines.openvino.draft_model import DraftModel
-from deployments.engines.openvino.jobs import EmbedJob, GenerateJob, Job, ScoreJob
-from deployments.engines.openvino.paged_cache import BLOCK_TOKENS, BlockPool
-from deployments.engines.openvino.paged_model import PagedModel, Settings, Work
+from deployments.engines.openvino.paged_model import PagedModel, PagedSettings, Work
 from deployments.engines.openvino.probe import choose_settings
-from deployments.engines.openvino.prompt_lookup import PromptLookup
-from deployments.engines.openvino.scheduler import Guesser, Scheduler
 from deployments.engines.openvino.stages import Stages
 from deployments.engines.products.layout import wants_tiles
 from deployments.engines.requests import check_prompt, check_request
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(SERVE_LOGGER)
 
 # Of what is free at start, at most, for the caches of all replicas that fit on a node, where their size was not
 # configured. Each has its share by its threads: replicas that start together see the same memory free.
@@ -77,6 +79,7 @@ class OpenvinoEngine:
         self._incoming: deque[Job | Callable[[], None]] = deque()
         self._came = threading.Condition()
         self._closed = False
+        self._health = EngineHealth()
         self._populated = False  # whether the KV cache has all its memory
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="openvino")
         try:
@@ -84,7 +87,7 @@ class OpenvinoEngine:
         except BaseException:
             self._worker.shutdown()
             raise
-        self._worker.submit(self._loop)
+        self._worker.submit(self._run)
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[list[Token], None]:
         """See Engine.generate. Raises InvalidRequestError for a prompt or max_tokens that cannot be served."""
@@ -122,8 +125,14 @@ class OpenvinoEngine:
             "context": self.context,
             "kv_cache_tokens": self._pool.size * BLOCK_TOKENS,
             "kv_cache_populated": self._populated,
+            "kv_cache_usage": 1 - self._pool.free / self._pool.size,
+            "running": self._batch.running,
+            "waiting": self._batch.waiting + len(self._incoming),
             **asdict(self._batch.counters),
         }
+
+    def check_health(self, stall_s: float | None) -> None:
+        self._health.check(stall_s)
 
     def check_integrity(self) -> None:
         """Raises EngineError where the engine's books do not add up. Waits for the end of the running step."""
@@ -174,7 +183,7 @@ class OpenvinoEngine:
         return Batch(paged, Scheduler(self._pool, options.step_tokens, self._max_running, guesser))
 
     def _model(
-        self, folder: Path, role: str, kv_cache: int | None = None, settings: Settings | None = None
+        self, folder: Path, role: str, kv_cache: int | None = None, settings: PagedSettings | None = None
     ) -> tuple[PagedModel, BlockPool]:
         """Ready for its first step, with a KV cache of `kv_cache` bytes, and with the fastest settings unless they are
         given. `role`: what errors call it."""
@@ -200,9 +209,10 @@ class OpenvinoEngine:
         longest = min(self._options.step_tokens, self.context)
         blocks = self._blocks_of(max(longest, COMPILED_AT_LOAD))
         paged.allocate(blocks)
-        # OpenVINO has kernels for each number of tokens, which the first step of so many compiles.
-        together = min(self._max_running, COMPILED_AT_LOAD, self.context) if paged.products == "openvino" else 1
-        for count in (longest, *range(1, together + 1)):
+        # OpenVINO has kernels for each number of tokens, which the first step of so many compiles; nibble's products
+        # have one for all, and a long step of a large model takes seconds.
+        together = min(self._max_running, COMPILED_AT_LOAD, self.context)
+        for count in (longest, *range(1, together + 1)) if paged.products == "openvino" else (1,):
             paged.step([Work([0] * count, 0, range(blocks), [count - 1])])
         paged.unload_packed()
         trim_heap()
@@ -240,8 +250,27 @@ class OpenvinoEngine:
         with self._came:
             if self._closed:
                 raise closed_error()
+            if self._health.ended is not None:
+                self._health.check(None)
             self._incoming.append(item)
             self._came.notify()
+
+    def _run(self) -> None:
+        """Whatever ends the loop ends all requests, now and later: nobody waits for an engine that is no more."""
+        try:
+            self._loop()
+        except BaseException as error:
+            logger.critical("openvino: the engine has ended", exc_info=error)
+            with self._came:
+                self._health.ended = error
+                incoming = list(self._incoming)
+            failure = EngineError(f"the engine has ended: {type(error).__name__}: {error}")
+            self._batch.drop(failure)
+            for item in incoming:
+                if isinstance(item, Job):
+                    item.handover.fail(failure)
+        finally:
+            self._health.idle()
 
     def _loop(self) -> None:
         batch = self._batch
@@ -250,7 +279,6 @@ class OpenvinoEngine:
                 while self._populated and not self._incoming and not batch.jobs and not self._closed:
                     self._came.wait()
                 incoming = list(self._incoming)
-                self._incoming.clear()
                 if self._closed:
                     break
             for item in incoming:
@@ -258,13 +286,18 @@ class OpenvinoEngine:
                     batch.add(item)
                 else:
                     item()
+                self._incoming.popleft()  # only now: where this raises, nobody is forgotten
             if not batch.jobs:
                 self._populated = next(self._populating, True) is True
                 continue
+            self._health.working()
             try:
                 batch.step()
+                self._health.succeeded()
             except Exception as error:  # noqa: BLE001 - it is raised again in the tasks that wait for the sequences
+                self._health.failed(error)
                 batch.drop(error)
+            self._health.idle()
         for item in incoming:
             if isinstance(item, Job):
                 item.handover.fail(closed_error())

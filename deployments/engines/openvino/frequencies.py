@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from cluster.checkpoints.rotary import Rotary
+from cluster.families.rotary import Rotary
 
 
 def inverse_frequencies(rotary: Rotary) -> npt.NDArray[np.float32]:

@@ -20,7 +20,7 @@ from openvino import opset13 as op
 from openvino.op import _PagedAttentionExtension as PagedAttention
 
 from cluster.artifacts.ggml import BLOCK_WEIGHTS
-from cluster.checkpoints.hyperparameters import Hyperparameters
+from cluster.families.architecture import Hyperparameters
 from deployments.engines.openvino.derived_weights import DerivedWeights, QuantizedMatrix
 from deployments.engines.openvino.frequencies import inverse_frequencies
 from deployments.engines.products.operation import Q4Product

@@ -12,18 +12,18 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from cluster.checkpoints.hyperparameters import Hyperparameters
 from cluster.errors import EngineError
+from cluster.families.architecture import Hyperparameters
 from deployments.engines.base import Logits
 from deployments.engines.cache_memory import Cache, populate, zeros
+from deployments.engines.openvino.batching.paged_cache import BLOCK_TOKENS
 from deployments.engines.openvino.derived_weights import DerivedWeights
 from deployments.engines.openvino.graph import build_graph
-from deployments.engines.openvino.paged_cache import BLOCK_TOKENS
 from deployments.engines.products.threads import Q4Threads
 
 
 @dataclass(frozen=True)
-class Settings:
+class PagedSettings:
     """Of OpenVINO's CPU plugin. `precision`: f32 or bf16, of activations. `quantized_activations`: whether a matrix
     product takes them as 8-bit integers, in groups as long as a block of weights (DYNAMIC_QUANTIZATION_GROUP_SIZE):
     several times as fast on batches, at some cost of precision. `cache`: u8, f16 or f32, of keys and values; f16 takes
@@ -64,7 +64,7 @@ class PagedModel:
         weights: DerivedWeights,
         model: Hyperparameters,
         threads: int,
-        settings: Settings,
+        settings: PagedSettings,
         layers: int | None = None,
     ) -> None:
         """Raises EngineError where OpenVINO cannot compile the model."""

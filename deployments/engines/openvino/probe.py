@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from cluster.checkpoints.hyperparameters import Hyperparameters
-from cluster.config import Tune
-from cluster.isa import cpu_flags
+from cluster.families.architecture import Hyperparameters
+from cluster.machine.isa import cpu_flags
+from cluster.model_config import Tune
+from cluster.serve_settings import SERVE_LOGGER
+from deployments.engines.openvino.batching.paged_cache import BLOCK_TOKENS
 from deployments.engines.openvino.derived_weights import DerivedWeights
-from deployments.engines.openvino.paged_cache import BLOCK_TOKENS
-from deployments.engines.openvino.paged_model import PagedModel, Settings, Work
+from deployments.engines.openvino.paged_model import PagedModel, PagedSettings, Work
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(SERVE_LOGGER)
 
 PROBED_LAYERS = 2
 PROBES = 8
@@ -24,10 +25,10 @@ NEARLY = 1.5
 # Sequences that decode together: what each aim is measured on.
 SEQUENCES: dict[Tune, int] = {"latency": 1, "throughput": 8}
 
-EXACT = Settings(precision="f32", quantized_activations=False)
+EXACT = PagedSettings(precision="f32", quantized_activations=False)
 
 
-def choose_settings(weights: DerivedWeights, model: Hyperparameters, threads: int, tune: Tune) -> Settings:
+def choose_settings(weights: DerivedWeights, model: Hyperparameters, threads: int, tune: Tune) -> PagedSettings:
     """`precision`: activations are not rounded, and nothing is tried out; nor is it for weights in tiles, whose
     products are nibble's own. The others try each candidate for some tens of steps of the first layers, with weights of
     the model itself, and take the one whose fastest step is shortest; the first that is nearly so, since replicas that
@@ -35,7 +36,7 @@ def choose_settings(weights: DerivedWeights, model: Hyperparameters, threads: in
     if tune == "precision":
         return EXACT
     if weights.in_tiles:
-        return Settings()
+        return PagedSettings()
     tried = {}
     for settings in candidates(cpu_flags()):
         probe = PagedModel(weights, model, threads, settings, layers=min(PROBED_LAYERS, model.layers))
@@ -50,11 +51,11 @@ def choose_settings(weights: DerivedWeights, model: Hyperparameters, threads: in
     return chosen
 
 
-def candidates(flags: frozenset[str]) -> list[Settings]:
+def candidates(flags: frozenset[str]) -> list[PagedSettings]:
     """bf16 only where the CPU has tiles for it: AVX-512's instruction for it is no faster than f32 with 8-bit
     activations, and without either it is emulated."""
     precisions = ["f32", "bf16"] if "amx_bf16" in flags else ["f32"]
-    return [Settings(precision, quantized) for precision in precisions for quantized in (True, False)]
+    return [PagedSettings(precision, quantized) for precision in precisions for quantized in (True, False)]
 
 
 def shortest(step: Callable[[], object]) -> float:

@@ -1,4 +1,5 @@
-"""Runs an artifact on the openvino engine before it is published: where bigdl's runtime refuses it (`check.py`)."""
+"""Runs an artifact on the openvino engine before it is published: where bigdl's runtime refuses it, or does not run
+(`check.py`)."""
 
 from __future__ import annotations
 

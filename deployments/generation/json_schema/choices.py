@@ -15,7 +15,7 @@ MAX_DEPTH = 6
 
 
 @dataclass
-class Choice:
+class SchemaChoice:
     """`options`: those of a oneOf that is an anyOf in the rewritten schema. `discriminator`: OpenAPI's keyword beside
     it, which pydantic writes too."""
 
@@ -24,7 +24,7 @@ class Choice:
     place: Place
 
 
-def settle(choices: list[Choice], definitions: dict[str, Any]) -> None:
+def settle(choices: list[SchemaChoice], definitions: dict[str, Any]) -> None:
     """Raises InvalidRequestError where two options are not known to exclude each other."""
     comparison = _Comparison(definitions)
     for choice in choices:
@@ -37,7 +37,7 @@ def settle(choices: list[Choice], definitions: dict[str, Any]) -> None:
                 )
 
 
-def _require(choice: Choice, definitions: dict[str, Any]) -> None:
+def _require(choice: SchemaChoice, definitions: dict[str, Any]) -> None:
     """Makes the discriminator's property required in each option, as OpenAPI says it has to be."""
     name = choice.discriminator.get("propertyName") if isinstance(choice.discriminator, dict) else None
     if not isinstance(name, str):

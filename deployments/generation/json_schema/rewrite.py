@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 from deployments.generation.json_schema import objects, strings
-from deployments.generation.json_schema.choices import Choice, settle
+from deployments.generation.json_schema.choices import SchemaChoice, settle
 from deployments.generation.json_schema.intersections import check_intersections
 from deployments.generation.json_schema.numbers import (
     bounds,
@@ -46,6 +46,7 @@ REFUSED = ("contains", "$dynamicRef", "$recursiveRef")
 
 
 MOST_LIKELY = ("pattern", "patternProperties", "minProperties", "maxProperties")  # to be refused by llguidance
+TOO_BIG = "grammar size"  # how llguidance begins to say so
 MAX_TRIED = 100
 
 
@@ -58,6 +59,8 @@ class Rewritten:
 
     def place_of(self, said: str, complaint: Callable[[dict[str, Any]], str]) -> Place:
         """The innermost part about which `complaint` says what llguidance `said` about the whole; else the root."""
+        if said.startswith(TOO_BIG):  # no part is at fault, and each of them might take as long as the whole
+            return Place(self.places[-1][0].field)
         likely = sorted(self.places[:-1], key=lambda place: not any(key in place[1] for key in MOST_LIKELY))
         definitions = {"$defs": self.schema["$defs"]} if "$defs" in self.schema else {}
         for place, part in likely[:MAX_TRIED]:
@@ -82,7 +85,7 @@ class _Rewriter:
         self._definitions: dict[str, Any] = {}
         self._names: dict[str, str] = {}  # of definitions, by reference
         self._waiting: list[str] = []  # references whose schemas are still to be rewritten
-        self._choices: list[Choice] = []
+        self._choices: list[SchemaChoice] = []
         self._keys = objects.KeysCache()
         self._places: list[tuple[Place, dict[str, Any]]] = []
 
@@ -220,7 +223,7 @@ class _Rewriter:
                 parts.append({"anyOf": options})
             else:
                 parts.append({"anyOf": options})
-                self._choices.append(Choice(options, schema.get("discriminator"), place / keyword))
+                self._choices.append(SchemaChoice(options, schema.get("discriminator"), place / keyword))
         if "$ref" in schema:
             parts.append(self._reference(schema["$ref"], place / "$ref"))
         if len(parts) == 1 and isinstance(parts[0], dict) and not set(parts[0]) & set(result):

@@ -146,9 +146,11 @@ def test_what_a_node_holds_is_not_read(places: Places) -> None:
 
 
 def test_chunks_are_read_a_few_at_a_time_and_once_for_all_who_ask(places: Places) -> None:
-    answers = ensure(ArtifactStore(), with_chunks=True, times=5)
+    store = ArtifactStore()
+    answers = ensure(store, with_chunks=True, times=5)
     assert {tuple(answer.chunks or ()) for answer in answers} == {tuple(f"n1 {index}" for index in range(CHUNKS))}
     assert len(places.read) == CHUNKS
+    assert store.counters()["reads"] == {"node_cache": 1, "durable": 0}
     assert places.most_at_once == TASKS_AT_ONCE
 
 
@@ -161,7 +163,9 @@ def test_a_node_that_dies_while_it_is_read_is_replaced_by_another(places: Places
 
 def test_the_durable_copy_is_read_where_no_node_is_left(places: Places) -> None:
     places.dies_at, places.durable = {"n1": 7}, True
-    (answer,) = ensure(ArtifactStore(), with_chunks=True, durable=True)
+    store = ArtifactStore()
+    (answer,) = ensure(store, with_chunks=True, durable=True)
+    assert store.counters()["reads"] == {"node_cache": 0, "durable": 1}, "what broke off is not counted"
     assert answer.chunks == [f"durable {index}" for index in range(CHUNKS)]
     assert places.most_at_once == TASKS_AT_ONCE
     assert places.kept == 0
@@ -185,3 +189,10 @@ def test_where_nobody_has_it_it_is_planned(places: Places) -> None:
     places.holders = set()
     with pytest.raises(ArtifactError, match="planned a conversion"):
         ensure(ArtifactStore())
+
+
+def test_who_takes_an_artifact_is_counted() -> None:
+    store = ArtifactStore()
+    for source in ("node_cache", "object_store", "node_cache"):
+        store.fetched(source)
+    assert store.counters()["fetches"] == {"node_cache": 2, "object_store": 1}

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,51 +10,16 @@ from typing import Any
 import pytest
 
 from cluster.artifacts import node_cache, verified
-from cluster.artifacts.manifest import ChunkEntry, Manifest
-from cluster.artifacts.node_cache import NodeCache, Staging, folder_bytes, publish_folder
+from cluster.artifacts.manifest import Manifest
+from cluster.artifacts.node_cache import NodeCache, folder_bytes, publish_folder
 from cluster.artifacts.verified import mark_verified, stamp_file
 from cluster.errors import ArtifactError
-
-CHUNKS = [b"head and first tensors", b"the other tensors"]
-FILES = {"config.json": b"{}"}
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+from tests.made_artifact import CHUNKS, FILES, Chunks, fetch_and_release, made_manifest
 
 
 @pytest.fixture
 def manifest() -> Manifest:
-    offsets = [0, len(CHUNKS[0])]
-    return Manifest(
-        artifact_id="a1",
-        converter_version=1,
-        family="llama",
-        quantization="q4_0",
-        engines=("bigdl",),
-        source="somewhere",
-        binary="bigdl_llm_llama_q4_0.bin",
-        bytes=sum(map(len, CHUNKS)),
-        sha256=sha256(b"".join(CHUNKS)),
-        chunks=tuple(
-            ChunkEntry(offset=offset, bytes=len(chunk), sha256=sha256(chunk))
-            for offset, chunk in zip(offsets, CHUNKS, strict=True)
-        ),
-        tensors=(),
-        files={name: sha256(content) for name, content in FILES.items()},
-    )
-
-
-class Chunks:
-    """The object store's side: counts what is read, and can give damaged bytes."""
-
-    def __init__(self, damaged: int | None = None) -> None:
-        self.damaged = damaged
-        self.reads: list[int] = []
-
-    def __call__(self, index: int) -> bytes:
-        self.reads.append(index)
-        return CHUNKS[index][:-1] + b"!" if index == self.damaged else CHUNKS[index]
+    return made_manifest()
 
 
 def test_fetch_writes_the_artifact_once(tmp_path: Path, manifest: Manifest) -> None:
@@ -68,6 +30,14 @@ def test_fetch_writes_the_artifact_once(tmp_path: Path, manifest: Manifest) -> N
     assert Manifest.read(folder) == manifest
     assert cache.fetch(manifest, FILES, chunks).folder == folder
     assert chunks.reads == [0, 1]
+    cache.check_integrity()
+
+
+def test_a_node_may_begin_with_any_chunk(tmp_path: Path, manifest: Manifest) -> None:
+    cache, chunks = NodeCache(tmp_path), Chunks()
+    folder = cache.fetch(manifest, FILES, chunks, first=1).folder
+    assert chunks.reads == [1, 0]
+    assert (folder / manifest.binary).read_bytes() == b"".join(CHUNKS)
     cache.check_integrity()
 
 
@@ -82,10 +52,11 @@ def test_processes_that_ask_at_once_fetch_once(tmp_path: Path, manifest: Manifes
     NodeCache(tmp_path).check_integrity()
 
 
-def test_a_damaged_chunk_is_refused_and_leaves_nothing(tmp_path: Path, manifest: Manifest) -> None:
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_damaged_chunk_is_refused_and_leaves_nothing(tmp_path: Path, manifest: Manifest, first: int) -> None:
     cache = NodeCache(tmp_path)
     with pytest.raises(ArtifactError, match="chunk 1 of a1: sha256 is"):
-        cache.fetch(manifest, FILES, Chunks(damaged=1))
+        cache.fetch(manifest, FILES, Chunks(damaged=1), first)
     assert [path for path in cache.folder.iterdir() if path.is_dir()] == []
     cache.check_integrity()
 
@@ -93,6 +64,15 @@ def test_a_damaged_chunk_is_refused_and_leaves_nothing(tmp_path: Path, manifest:
 def test_a_damaged_companion_file_is_refused(tmp_path: Path, manifest: Manifest) -> None:
     with pytest.raises(ArtifactError, match=r"config\.json of a1"):
         NodeCache(tmp_path).fetch(manifest, {"config.json": b"{ }"}, Chunks())
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_whole_is_what_the_manifest_says_and_not_each_chunk_alone(
+    tmp_path: Path, manifest: Manifest, first: int
+) -> None:
+    other = manifest.model_copy(update={"sha256": manifest.chunks[0].sha256})
+    with pytest.raises(ArtifactError, match=r"bigdl_llm_llama_q4_0\.bin of a1: sha256 is"):
+        NodeCache(tmp_path).fetch(other, FILES, Chunks(), first)
 
 
 @pytest.mark.parametrize("name", ["bigdl_llm_llama_q4_0.bin", "config.json", "manifest.json"])
@@ -148,25 +128,6 @@ def test_what_a_dead_fetch_left_behind_is_told(tmp_path: Path, manifest: Manifes
         cache.check_integrity()
 
 
-def test_a_staging_folder_is_removed_by_the_next_only_when_its_process_is_dead(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from cluster.artifacts.node_cache import Staging\n" + (
-        "print(Staging(Path(sys.argv[1]), 'a1').path, flush=True); sys.stdin.read()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    other = Path(process.stdout.readline().strip())
-    with Staging(tmp_path, "a1") as staging:
-        assert sorted(tmp_path.iterdir()) == sorted([other, staging])
-    process.kill()  # -9: the folder stays
-    process.communicate()
-    assert other.is_dir()
-    with Staging(tmp_path, "a2"), Staging(tmp_path, "a1"):
-        assert not other.exists()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_full_disk_is_told_and_leaves_nothing(
     tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,10 +148,6 @@ def other(manifest: Manifest, artifact_id: str) -> Manifest:
 
 def names(cache: NodeCache) -> list[str]:
     return [manifest.artifact_id for manifest in cache.manifests()]
-
-
-def fetch_and_release(cache: NodeCache, manifest: Manifest) -> None:
-    cache.fetch(manifest, FILES, Chunks()).release()
 
 
 def test_the_least_recently_used_artifact_makes_room(tmp_path: Path, manifest: Manifest) -> None:
@@ -256,20 +213,3 @@ def test_processes_that_evict_at_once_do_each_other_no_harm(tmp_path: Path, mani
     NodeCache(tmp_path, max_bytes=1).evict()
     NodeCache(tmp_path).check_integrity()
     assert names(NodeCache(tmp_path)) == []
-
-
-def test_an_artifact_that_another_process_uses_is_not_removed(tmp_path: Path, manifest: Manifest) -> None:
-    cache = NodeCache(tmp_path)
-    fetch_and_release(cache, manifest)
-    code = "import sys; from pathlib import Path; from cluster.artifacts.node_cache import NodeCache\n" + (
-        "used = NodeCache(Path(sys.argv[1])).use('a1'); print('in use', flush=True); sys.stdin.read()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "in use\n"
-    assert not cache.remove("a1")
-    process.kill()  # -9: the kernel lets go of the lock
-    process.communicate()
-    assert cache.remove("a1")

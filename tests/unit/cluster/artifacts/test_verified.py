@@ -134,3 +134,50 @@ def test_nothing_else_is_left_in_the_folder(path: Path) -> None:
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         is_verified(tmp_path / "missing.bin", SHA256)
+
+
+def remembered(path: Path, folder: Path) -> str:
+    return verified.remembered_sha256(path, folder, verified.file_sha256)
+
+
+def test_the_digest_of_a_file_elsewhere_is_remembered_until_it_changes(
+    path: Path, reads: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache" / "digests"
+    assert remembered(path, folder) == SHA256
+    assert not folder.parent.exists(), "no cache is made for it"
+    reads.clear()
+    folder.parent.mkdir()
+    assert {remembered(path, folder) for _ in range(3)} == {SHA256}
+    assert reads == [path]
+
+    os.utime(path, ns=(0, 0))  # the same content; but who knows
+    assert remembered(path, folder) == SHA256
+    assert len(reads) == 2
+
+    kept = path.stat()
+    path.write_bytes(CONTENT[::-1])
+    os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert remembered(path, folder) == bytes_sha256(CONTENT[::-1])
+
+    other = tmp_path / "other"
+    other.write_bytes(CONTENT)
+    os.replace(other, path)
+    assert remembered(path, folder) == SHA256
+    assert not stamp_file(path).exists(), "nothing is left beside a file that is not ours"
+
+
+def test_a_digest_that_cannot_be_remembered_is_computed(path: Path, reads: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "file"
+    folder.write_text("no folder")
+    assert [remembered(path, folder) for _ in range(2)] == [SHA256] * 2
+    assert len(reads) == 2
+
+
+def test_a_digest_remembered_in_the_tick_of_a_change_is_not_trusted(reads: list[Path], tmp_path: Path) -> None:
+    path, folder = tmp_path / "model.bin", tmp_path / "digests"
+    path.write_bytes(CONTENT)
+    assert remembered(path, folder) == SHA256
+    os.utime(next(folder.iterdir()), ns=(path.stat().st_ctime_ns,) * 2)
+    assert remembered(path, folder) == SHA256
+    assert len(reads) == 2

@@ -14,7 +14,7 @@ from cluster.bench.figures import (
     spread,
     spreads,
 )
-from cluster.bench.records import Failure
+from cluster.bench.load_records import Failure
 from tests.unit.bench_records import CLOSED, OPEN, failed, run_of, sent, settings_for
 
 

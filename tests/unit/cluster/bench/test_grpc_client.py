@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from cluster.bench.grpc_client import METHOD, GrpcClient, reply_of
-from cluster.bench.records import Failure, Reply
+from cluster.bench.load_records import Failure, Reply
 from cluster.ray_cluster import free_ports
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.bench.http1 import Answer
 from cluster.bench.http_client import HttpClient, error_message, events, reply_of_events
-from cluster.bench.records import Failure, Fields, Reply
+from cluster.bench.load_records import Failure, Fields, Reply
 from cluster.ray_cluster import free_ports
 from tests.unit.sse_server import SseServer, completion, event, refusal, usage_event
 
@@ -211,10 +211,11 @@ async def test_a_connection_that_the_server_has_closed_meanwhile_is_not_used() -
 
 async def test_a_kept_connection_that_the_server_closes_without_a_word_is_made_anew() -> None:
     """As llama-server does after each stream: the end of the connection may come after the next request went out."""
-    asked = 0
+    asked, handlers = 0, []
 
     async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal asked
+        handlers.append(asyncio.current_task())
         await reader.readuntil(b"\r\n\r\n")
         asked += 1
         data = f"{event('a')}data: [DONE]\n\n".encode()
@@ -230,6 +231,7 @@ async def test_a_kept_connection_that_the_server_closes_without_a_word_is_made_a
     for _ in range(3):
         assert (await client.complete("text", {})).failure is None
     await client.close()
+    await asyncio.gather(*handlers)
     server.close()
     await server.wait_closed()
     assert asked == 3

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from cluster.bench.load_records import Client, Failure, Fields, Load, LoadSettings, Prompt, Reply
 from cluster.bench.prompts import token_prompts
-from cluster.bench.records import Client, Failure, Fields, Load, Prompt, Reply, Settings
 from cluster.bench.runner import PAUSE_S, Bench, bounded
 from cluster.bench.schedule import arrivals
 from cluster.errors import ConfigError, NibbleError
@@ -69,7 +69,7 @@ class FakeClient:
         self.closed = True
 
 
-def bench_of(settings: Settings, *clients: Client, clock: FakeClock | None = None) -> tuple[Bench, list[str]]:
+def bench_of(settings: LoadSettings, *clients: Client, clock: FakeClock | None = None) -> tuple[Bench, list[str]]:
     said: list[str] = []
     prompts = token_prompts(settings.seed, settings.input_tokens, 500)
     return Bench(settings, lambda place: clients[place], prompts, said.append, clock or FakeClock()), said

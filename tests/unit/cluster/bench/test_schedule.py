@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.bench.load_records import Load
 from cluster.bench.prompts import FIRST_ID, file_prompts, token_prompts, word_prompts
-from cluster.bench.records import Load
 from cluster.bench.schedule import arrivals, request_count, turns
 from cluster.errors import ConfigError
 from tests.unit.bench_records import settings_for

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster.checkpoints.folder import check_companions, check_family, checkpoint_digest, companion_files, read_config
+from cluster.checkpoints.folder import (
+    check_companions,
+    check_family,
+    check_links,
+    checkpoint_digest,
+    companion_files,
+    read_config,
+)
+from cluster.checkpoints.sources import open_source
 from cluster.checkpoints.weights import weight_sources
 from cluster.errors import CheckpointError
 from cluster.families import FAMILY_NAMES, FamilyName
@@ -29,7 +37,7 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not JSON"), ("[1]", "found a JSON list"), ("\xff", "not JSON"), ("\xef\xbb\xbf{}", "not JSON: begins")],
+    [("{", "not JSON"), ("[1]", "found a JSON list"), ("\xff", "not JSON"), ("\xef\xbb\xbf{", "not JSON")],
 )
 def test_a_config_that_is_no_json_object_is_refused(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
@@ -118,12 +126,12 @@ def test_a_file_that_git_lfs_only_points_to_is_named(name: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     "name", ["generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "tokenizer.json"]
 )
-@pytest.mark.parametrize("content", [b'{"a": 1', b"\xef\xbb\xbf{}", b"[]", b"{\xff}"])
-def test_json_that_transformers_cannot_read_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b'{"a": 1', b"\xef\xbb\xbf{", b"[]", b"{\xff}", b"\xff\xfe{\0}\0"])
+def test_json_that_is_broken_is_named(name: str, content: bytes, tmp_path: Path) -> None:
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint", SHAPES["bloom"])
     check_companions(checkpoint)
     (checkpoint / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"{name}: (not JSON|found a JSON list)") as refusal:
+    with pytest.raises(CheckpointError, match=rf"{name}: (not JSON|found a JSON list|found UTF-16)") as refusal:
         check_companions(checkpoint)
     assert "\n" not in str(refusal.value)
 
@@ -140,3 +148,43 @@ def test_digest_of_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({}))
     with pytest.raises(CheckpointError, match="no weights"):
         checkpoint_digest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "tokenizer.json", "vocab.json", "additional_chat_templates/tool_use.jinja"]
+)
+def test_a_link_that_leaves_the_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", SHAPES["bloom"])
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    check_links(checkpoint)
+    (checkpoint / name).parent.mkdir(exist_ok=True)
+    (checkpoint / name).unlink(missing_ok=True)
+    (checkpoint / name).symlink_to(secret)
+    with pytest.raises(CheckpointError, match=rf"{name}: found a link to {secret}, outside of the checkpoint"):
+        check_links(checkpoint)
+    with pytest.raises(CheckpointError, match="outside of the checkpoint"), open_source(str(checkpoint)).planning():
+        pass
+    (checkpoint / "kept").write_text("{}")
+    (checkpoint / name).unlink()
+    (checkpoint / name).symlink_to(checkpoint / "kept")
+    check_links(checkpoint)
+
+
+def test_a_folder_of_templates_that_is_a_link_out_of_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "checkpoint", SHAPES["bloom"])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "tool_use.jinja").write_text("secret")
+    (checkpoint / "additional_chat_templates").symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match=r"tool_use\.jinja: found a link to .*, outside of the checkpoint"):
+        check_links(checkpoint)
+
+
+def test_the_hub_s_cache_links_to_its_blobs(tmp_path: Path) -> None:
+    checkpoint = write_random_checkpoint(tmp_path / "models--org--name" / "snapshots" / "abc", SHAPES["bloom"])
+    blobs = tmp_path / "models--org--name" / "blobs"
+    blobs.mkdir()
+    (checkpoint / "tokenizer.json").rename(blobs / "123")
+    (checkpoint / "tokenizer.json").symlink_to("../../blobs/123")
+    check_links(checkpoint)

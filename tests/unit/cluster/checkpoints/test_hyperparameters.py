@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from transformers import BloomConfig, GPTBigCodeConfig
 
-from cluster.checkpoints.hyperparameters import Activation
-from cluster.checkpoints.rotary import Rotary
 from cluster.errors import CheckpointError
 from cluster.families import FAMILY_NAMES, FamilyName
+from cluster.families.architecture import Activation
+from cluster.families.rotary import Rotary
 from tests.unit.model_configs import read
 
 

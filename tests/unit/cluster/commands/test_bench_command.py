@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cluster.bench import plot, results
-from cluster.bench.records import Load
+from cluster.bench.load_records import Load
 from cluster.cli import app
 from cluster.commands.bench import COMPARE_KEY_VARIABLE, loads_of
 from cluster.errors import ConfigError, NibbleError
@@ -83,6 +81,13 @@ def test_without_raw_the_json_has_no_requests(tmp_path: Path) -> None:
     assert "requests" not in json.loads(file.read_text())["levels"][0]["servers"][0]["rounds"][0]
 
 
+@pytest.fixture(scope="module")
+def fonts() -> None:
+    """In a new home, matplotlib starts fc-list the first time; here, before a test may start no process."""
+    importlib.import_module("matplotlib.font_manager")
+
+
+@pytest.mark.usefixtures("fonts")
 def test_plots_are_png_and_svg(tmp_path: Path) -> None:
     png, svg = tmp_path / "out.png", tmp_path / "out.svg"
     with SseServer() as server:
@@ -201,34 +206,3 @@ def test_loads() -> None:
 def test_the_cpu_s_name_is_read() -> None:
     assert results.cpu_model("processor\t: 0\nmodel name\t: Some CPU: v2\nmodel name\t: Other\n") == "Some CPU: v2"
     assert results.cpu_model("") == "unknown"
-
-
-def test_ctrl_c_shows_and_writes_what_was_measured_and_exits_with_130(tmp_path: Path) -> None:
-    file = tmp_path / "out.json"
-    with SseServer() as server:
-        command = [sys.executable, "-m", "cluster.cli", "bench", "m", "--url", server.url, "--concurrency", "1"]
-        command += ["--requests", "1000000", "--output-tokens", "3", "--json", str(file)]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        while len(server.bodies) < 30:
-            assert child.poll() is None
-            time.sleep(0.01)
-        child.send_signal(signal.SIGINT)
-        output, errors = child.communicate(timeout=60)
-    assert child.returncode == 130
-    assert "Traceback" not in errors
-    assert "│ output tokens/s" in output
-    assert "round 1 ended early: interrupted" in output
-    (round,) = json.loads(file.read_text())["levels"][0]["servers"][0]["rounds"]
-    assert round["requests_succeeded"] >= 20
-    assert round["ending"] == "interrupted"
-
-
-def test_a_server_that_is_not_there_is_a_line_and_exit_code_1() -> None:
-    (port,) = free_ports(1)
-    command = [sys.executable, "-m", "cluster.cli", "bench", "m", "--url", f"http://127.0.0.1:{port}"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert found.returncode == 1
-    assert found.stdout == ""
-    (line,) = found.stderr.splitlines()
-    assert line.startswith(f"nibble: http://127.0.0.1:{port}: connection: ")
-    assert line.endswith("is a server running there?")

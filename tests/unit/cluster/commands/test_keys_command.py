@@ -40,7 +40,7 @@ def test_a_new_key_opens_and_is_kept_nowhere(file: Path) -> None:
     assert re.fullmatch(r"nbl-[A-Za-z0-9_-]{43}", key)
     assert key not in file.read_text()
     assert file.stat().st_mode & 0o777 == 0o600
-    assert Access(AuthConfig(api_keys_file=file)).enter(key).key == "alice"
+    assert Access(AuthConfig(api_keys_file=file)).identify(key).enter().key == "alice"
     (entry,) = load_keys(file)
     assert (entry.max_concurrent, entry.tokens_per_minute) == (4, None)
 
@@ -89,6 +89,48 @@ def test_what_people_wrote_stays(file: Path) -> None:
         f"  - {{name: bob, sha256: {hash_of('b')}}}",
         "  # that is all",
     ]
+
+
+def test_comments_around_a_removed_entry_stay_and_those_in_it_go(file: Path) -> None:
+    file.write_text(
+        f"""\
+---
+# of all
+- name: alice
+  sha256: {hash_of("a")}
+# of bob
+- {{name: bob, sha256: {hash_of("b")}}}
+# of carol
+
+- name: carol # from Rome
+  # inside
+  sha256: '{hash_of("c")}'
+  tokens_per_minute: null # no limit
+# the end
+"""
+    )
+    remove_key(file, "bob")
+    remove_key(file, "carol")
+    alice = ["---", "# of all", "- name: alice", f"  sha256: {hash_of('a')}"]
+    assert file.read_text().splitlines() == [*alice, "# of bob", "# of carol", "", "# the end"]
+    add_key(file, "dave", None, None)
+    assert file.read_text().splitlines()[: len(alice) + 5] == [
+        *alice,
+        "# of bob",
+        "# of carol",
+        "",
+        "# the end",
+        '- name: "dave"',
+    ]
+
+
+def test_a_file_of_which_a_comment_would_be_lost_is_left_as_it_is(file: Path) -> None:
+    # ruamel.yaml forgets the comment before an entry in braces that has one in its own line.
+    text = f"- {{name: alice, sha256: {hash_of('a')}}}\n# lost\n- {{name: bob, sha256: {hash_of('b')}}} # from Rome\n"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="laid out"):
+        add_key(file, "carol", None, None)
+    assert file.read_text() == text
 
 
 def test_the_last_key_can_go_and_another_come(file: Path) -> None:

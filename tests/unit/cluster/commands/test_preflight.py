@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.artifacts.manifest import MANIFEST_FILE, Manifest
-from cluster.cli import plain_console
+from cluster.cli.options import plain_console
 from cluster.commands import preflight, serve
 from cluster.commands.convert import convert
-from cluster.commands.preflight import Node, check_fit_together, check_fits_any, plan_models, report, this_node
+from cluster.commands.preflight import (
+    check_fit_together,
+    check_fits_any,
+    check_traces,
+    plan_models,
+    report,
+    this_node,
+    thread_notes,
+)
 from cluster.config import ArtifactsConfig, NibbleConfig, default_config, parse_config
 from cluster.conversion.outline import Outline, read_outline
 from cluster.conversion.wanted import Wanted
 from cluster.errors import CheckpointError, ConfigError, HubUnavailableError
+from cluster.machine.topology import ThreadRoom
 from tests.conftest import DEMOS, convert_here
 
 
@@ -43,6 +53,18 @@ def test_a_repository_whose_artifact_the_node_has_is_not_asked_for(tmp_path: Pat
     assert (cached.model, cached.tensors, cached.bytes) == (planned.model, planned.tensors, planned.bytes)
 
 
+def test_traces_that_cannot_be_exported_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [{"name": "m", "family": "llama", "checkpoint": "builtin:llama"}]
+    off, on = (
+        parse_config({"models": models, "observability": {"traces": traces}}, "test") for traces in (False, True)
+    )
+    check_traces(on)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    check_traces(off)
+    with pytest.raises(ConfigError, match=r"observability\.traces: needs the extra otlp; pip install"):
+        check_traces(on)
+
+
 def test_a_model_that_fits_nowhere_is_refused_with_figures() -> None:
     planned, node = plan_models(config()), this_node()
     needed = planned[0].needs(node).total
@@ -53,6 +75,24 @@ def test_a_model_that_fits_nowhere_is_refused_with_figures() -> None:
         check_fits_any(planned, [node._replace(memory=0), node._replace(memory=needed - 1)])
 
 
+@pytest.mark.parametrize(
+    ("threads", "note"),
+    [
+        (4, None),
+        (5, "no NUMA node has more than 4 cores; more replicas with fewer threads are faster"),
+        (9, r"no node has more than 8 physical cores; threads that share one \(SMT\) add little"),
+        (17, r"no node has more than 16 CPUs for a replica \(its cores, or the CPU quota\); it waits for one"),
+    ],
+)
+def test_threads_that_do_not_fit_are_told(threads: int, note: str | None) -> None:
+    planned = plan_models(config(threads=threads))
+    nodes = [this_node()._replace(room=room) for room in (ThreadRoom(16, 8, 4), ThreadRoom(1, 1, 1))]
+    notes = thread_notes(planned, nodes)
+    assert notes == [line for line in report(planned, nodes) if ".threads:" in line]
+    assert len(notes) == (note is not None)
+    assert note is None or re.fullmatch(rf"models\[0\]\.threads: found {threads} \(m\), but {note}", notes[0])
+
+
 def test_replicas_of_one_node_share_their_files() -> None:
     (one,), (two,) = plan_models(config()), plan_models(config(replicas={"min": 2, "max": 2}))
     node = this_node()
@@ -60,6 +100,13 @@ def test_replicas_of_one_node_share_their_files() -> None:
     check_fit_together([two], node._replace(memory=needs.shared + 2 * needs.own))
     with pytest.raises(ConfigError, match=r"models: their replicas need at least .* together \(m "):
         check_fit_together([two], node._replace(memory=needs.shared + 2 * needs.own - 1))
+
+
+def test_a_model_that_may_have_no_replica_needs_no_memory_until_it_has_one() -> None:
+    planned, node = plan_models(config(replicas={"min": 0})), this_node()
+    check_fit_together(planned, node._replace(memory=0))
+    with pytest.raises(ConfigError, match="a replica needs at least"):
+        check_fits_any(planned, [node._replace(memory=planned[0].needs(node).total - 1)])
 
 
 def test_all_models_together_must_fit() -> None:
@@ -84,19 +131,19 @@ def test_serve_refuses_before_it_starts_anything(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(serve, "local_cluster", started)
     small = config(engine="openvino", openvino={"kv_cache": 1000})
     with pytest.raises(ConfigError, match=r"models\[0\]\.openvino\.kv_cache: found 1000 bytes"):
-        serve.serve(small, None, plain_console())
+        serve.serve(lambda: small, None, plain_console())
     with pytest.raises(CheckpointError, match="no built-in 'nothing'"):
-        serve.serve(config(checkpoint="builtin:nothing"), None, plain_console())
-    monkeypatch.setattr(serve, "this_node", lambda: Node(1 << 20, frozenset()))
+        serve.serve(lambda: config(checkpoint="builtin:nothing"), None, plain_console())
+    monkeypatch.setattr(serve, "this_node", lambda: this_node()._replace(memory=1 << 20))
     with pytest.raises(ConfigError, match="needs at least"):
-        serve.serve(config(), None, plain_console())
+        serve.serve(config, None, plain_console())
 
 
 def test_a_dry_run_says_what_it_would_do_and_starts_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(serve, "local_cluster", None)
-    serve.serve(default_config(), None, plain_console(), dry_run=True)
+    serve.serve(default_config, None, plain_console(), dry_run=True)
     said = capsys.readouterr().out
     for family in ("llama", "gptneox", "bloom", "starcoder"):
         assert f"{family}: builtin:{family}: {family} q4_0, " in said

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
 
-from cluster.commands import serve
+from cluster.commands import rollout, serve
 from cluster.commands.keys import add_key
-from cluster.config import ROUTER_NAME, AuthConfig, HttpConfig, NibbleConfig, default_config
+from cluster.config import AuthConfig, GrpcConfig, HttpConfig, NibbleConfig, default_config
 from cluster.errors import ConfigError
+from cluster.model_config import ROUTER_NAME, ReplicasConfig
+from cluster.ray_cluster import free_ports
 from deployments.routing.greeting import FirstAnswer
 
 
@@ -93,6 +96,14 @@ def test_without_keys_each_model_answers(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "curl http://127.0.0.1:8000/v1/completions -H 'Content-Type" in said
 
 
+def test_a_model_that_only_a_request_starts_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *others = config().models
+    sleeping = first.model_copy(update={"replicas": ReplicasConfig(min=0)})
+    said, asked = greeting(config().model_copy(update={"models": (sleeping, *others)}), monkeypatch)
+    assert asked == ["gptneox", "bloom", "starcoder"]
+    assert "llama: no first answer: its first request starts a replica" in said
+
+
 @pytest.mark.parametrize(
     ("answer", "line"),
     [
@@ -118,10 +129,27 @@ def test_with_keys_the_lines_to_copy_carry_one_and_no_model_is_asked(
 
 def test_a_model_that_takes_long_to_start_is_spoken_of_at_growing_intervals() -> None:
     said: list[str] = []
-    lines = serve.StateLines(said.append)
+    lines = rollout.StateLines(said.append)
     for second in range(200):
         lines.show("llama", "1 starting", ready=False, now=1000 + second)
     assert said == ["llama: 1 starting", *(f"llama: 1 starting ({seconds} s)" for seconds in (15, 30, 60, 120, 180))]
     lines.show("llama", "1 running", ready=True, now=1200)
     lines.show("llama", "1 running", ready=True, now=1300)
     assert said[-1] == "llama: 1 running"
+
+
+def test_a_port_in_use_is_told_in_one_line_before_anything_starts() -> None:
+    free, other = free_ports(2)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for key, http, grpc in (("http.port", port, free), ("grpc.port", free, port)):
+            update = {"http": HttpConfig(port=http), "grpc": GrpcConfig(port=grpc)}
+            with pytest.raises(ConfigError, match=rf"^{key}: {port} on 127\.0\.0\.1 cannot be used") as refused:
+                serve.check_ports(default_config().model_copy(update=update))
+            assert "\n" not in str(refused.value)
+    update = {"http": HttpConfig(port=free), "grpc": GrpcConfig(port=other)}
+    serve.check_ports(default_config().model_copy(update=update))
+    with pytest.raises(ConfigError, match=r"http\.host: '203\.0\.113\.999'"):
+        serve.check_ports(config("203.0.113.999"))

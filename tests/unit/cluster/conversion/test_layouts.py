@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cluster.conversion.layouts import LAYOUTS, RowOrder, base_name, output_rows
-from cluster.families import FamilyName
+from cluster.conversion.layouts import base_name, output_rows
+from cluster.families import FAMILIES, FamilyName
+from cluster.families.tensors import RowOrder
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_rows_of_the_result(
 def test_stored_tensors_are_found_under_the_names_that_transformers_finds(
     family: FamilyName, stored: str, name: str
 ) -> None:
-    assert base_name(stored, LAYOUTS[family]) == name
+    assert base_name(stored, FAMILIES[family].layout) == name
 
 
 def test_interleaving_is_llama_cpps_permute() -> None:

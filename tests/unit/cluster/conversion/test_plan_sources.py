@@ -9,10 +9,9 @@ import pytest
 
 from cluster.checkpoints.folder import read_config
 from cluster.checkpoints.hyperparameters import read_hyperparameters
-from cluster.conversion.layouts import LAYOUTS, tensor_rules
 from cluster.conversion.plan import plan_conversion
 from cluster.errors import CheckpointError
-from cluster.families import FamilyName
+from cluster.families import FAMILIES, FamilyName
 from tests.random_checkpoint import SHAPES, write_random_checkpoint
 from tests.torch_files import write_torch_weights
 from tests.unit.changed_checkpoints import change_config, change_tensors, rename_tensors
@@ -71,7 +70,7 @@ def test_embedding_and_output_are_the_matrices_that_transformers_takes(
 ) -> None:
     untied = SHAPES[family]._replace(config=(("tie_word_embeddings", False),))
     checkpoint = write_random_checkpoint(tmp_path / "checkpoint", untied)
-    layout = LAYOUTS[family]
+    layout = FAMILIES[family].layout
     names = {"E": layout.prefix + layout.embedding, "O": layout.output}
     for matrix in set("EO") - set(stored):
         change_tensors(checkpoint, lambda tensors, name=names[matrix]: tensors.pop(name))  # type: ignore[misc]
@@ -85,14 +84,14 @@ def test_embedding_and_output_are_the_matrices_that_transformers_takes(
         return
     sources = {tensor.name: tensor.source.name for tensor in plan_conversion(checkpoint, family).tensors}
     model = read_hyperparameters(checkpoint, read_config(checkpoint), family)
-    rules = {rule.source: rule.name for rule in tensor_rules(family, model)}
+    rules = {rule.source: rule.name for rule in FAMILIES[family].tensors(model)}
     found = (sources[rules[layout.embedding]], sources[rules[layout.output]])
     assert found == (names[expected[0]], names[expected[1]])
 
 
 @pytest.mark.parametrize("count", [0, 2, 3])
 def test_a_prefix_may_be_left_out_or_doubled(family: FamilyName, checkpoint: Path, count: int) -> None:
-    plan, layout = plan_conversion(checkpoint, family), LAYOUTS[family]
+    plan, layout = plan_conversion(checkpoint, family), FAMILIES[family].layout
     added = {0: "", 2: layout.prefix, 3: 2 * layout.prefix}[count]
     rename_tensors(checkpoint, lambda name: added + (name if added else name.removeprefix(layout.prefix)))
     if count < 3 and (family != "gptneox" or not added):  # transformers finds embed_out without a prefix only

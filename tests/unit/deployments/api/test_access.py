@@ -52,27 +52,27 @@ def test_without_a_file_everyone_is_admitted_without_limits() -> None:
     access = Access(AuthConfig())
     for presented in (None, "", "whatever"):
         for _ in range(100):
-            admission = access.enter(presented)
+            admission = access.identify(presented).enter()
             admission.spend(10**9)
             assert admission.key is None
 
 
 def test_each_key_is_known_by_its_name(opened: Callable[..., Access]) -> None:
     access = opened(entry("a"), entry("b"), entry("c"))
-    assert [access.enter(f"key-{name}").key for name in "abc"] == ["a", "b", "c"]
+    assert [access.identify(f"key-{name}").enter().key for name in "abc"] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("presented", [None, "", "key-", "key-b", "key-a ", "KEY-A", hash_of("key-a"), "é\ud800"])
 def test_without_a_right_key_nobody_is_admitted(opened: Callable[..., Access], presented: str | None) -> None:
     with pytest.raises(UnauthenticatedError) as error:
-        opened(entry("a")).enter(presented)
+        opened(entry("a")).identify(presented).enter()
     assert "Authorization: Bearer KEY" in str(error.value)
     assert not presented or presented not in str(error.value)
 
 
 def test_a_file_without_keys_admits_nobody(opened: Callable[..., Access]) -> None:
     with pytest.raises(UnauthenticatedError):
-        opened().enter("key-a")
+        opened().identify("key-a").enter()
 
 
 def test_a_key_is_compared_with_every_entry(opened: Callable[..., Access], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,66 +84,59 @@ def test_a_key_is_compared_with_every_entry(opened: Callable[..., Access], monke
 
     access = opened(entry("a"), entry("b"), entry("c"))
     monkeypatch.setattr(access_module.hmac, "compare_digest", compare)
-    assert access.enter("key-a").key == "a"
+    assert access.identify("key-a").enter().key == "a"
     assert compared == [hash_of(f"key-{name}") for name in "abc"]
 
 
 def test_only_so_many_requests_at_once(opened: Callable[..., Access]) -> None:
     access = opened(entry("a", max_concurrent=2), entry("b", max_concurrent=1))
-    first, _ = access.enter("key-a"), access.enter("key-a")
+    first, _ = access.identify("key-a").enter(), access.identify("key-a").enter()
     with pytest.raises(RateLimitError, match="max_concurrent is 2") as error:
-        access.enter("key-a")
+        access.identify("key-a").enter()
     assert error.value.retry_after_s == 1
-    access.enter("key-b")  # has its own
+    access.identify("key-b").enter()  # has its own
     first.leave()
     first.leave()  # counts once
-    access.enter("key-a")
+    access.identify("key-a").enter()
     with pytest.raises(RateLimitError):
-        access.enter("key-a")
-
-
-def test_an_admission_is_left_at_the_end_of_its_block(opened: Callable[..., Access]) -> None:
-    access = opened(entry("a", max_concurrent=1))
-    with pytest.raises(KeyError), access.enter("key-a"):
-        raise KeyError
-    with access.enter("key-a") as admission:
-        assert admission.key == "a"
+        access.identify("key-a").enter()
 
 
 def test_tokens_are_paid_for_afterwards(opened: Callable[..., Access], clock: Clock) -> None:
     access = opened(entry("a", tokens_per_minute=60))
-    admission = access.enter("key-a")
+    admission = access.identify("key-a").enter()
     admission.spend(59)
-    access.enter("key-a")  # one token is left
+    access.identify("key-a").enter()  # one token is left
     admission.spend(11)  # 10 below zero
     with pytest.raises(RateLimitError, match="60 tokens a minute") as error:
-        access.enter("key-a")
+        access.identify("key-a").enter()
     assert error.value.retry_after_s == 11
     clock.now += 10  # just empty
     with pytest.raises(RateLimitError) as error:
-        access.enter("key-a")
+        access.identify("key-a").enter()
     assert error.value.retry_after_s == 1
     clock.now += 1
-    access.enter("key-a")
+    access.identify("key-a").enter()
 
 
 def test_the_bucket_holds_one_minute_s_tokens_at_most(opened: Callable[..., Access], clock: Clock) -> None:
     access = opened(entry("a", tokens_per_minute=60))
     clock.now += 3600
-    access.enter("key-a").spend(60)
+    access.identify("key-a").enter().spend(60)
     with pytest.raises(RateLimitError):
-        access.enter("key-a")
+        access.identify("key-a").enter()
 
 
 def test_a_refused_request_takes_no_place(opened: Callable[..., Access], clock: Clock) -> None:
     access = opened(entry("a", max_concurrent=1, tokens_per_minute=60))
-    with access.enter("key-a") as admission:
-        admission.spend(61)
+    admission = access.identify("key-a").enter()
+    admission.spend(61)
+    admission.leave()
     for _ in range(3):
         with pytest.raises(RateLimitError, match="tokens a minute"):
-            access.enter("key-a")
+            access.identify("key-a").enter()
     clock.now += 2
-    access.enter("key-a")
+    access.identify("key-a").enter()
 
 
 @given(
@@ -178,11 +171,11 @@ def test_a_changed_file_is_taken_up_a_second_later(opened: Callable[..., Access]
     access = opened(entry("a"), entry("b"))
     write(tmp_path / "keys.yaml", entry("b"), entry("c"))
     clock.now += 0.5
-    access.enter("key-a")
+    access.identify("key-a").enter()
     clock.now += 0.5
     with pytest.raises(UnauthenticatedError):
-        access.enter("key-a")
-    assert [access.enter(f"key-{name}").key for name in "bc"] == ["b", "c"]
+        access.identify("key-a").enter()
+    assert [access.identify(f"key-{name}").enter().key for name in "bc"] == ["b", "c"]
 
 
 def test_the_file_is_looked_at_once_a_second(
@@ -195,7 +188,7 @@ def test_the_file_is_looked_at_once_a_second(
     monkeypatch.setattr(access_module, "load_keys", lambda file: pytest.fail("an unchanged file is not read"))
     for _ in range(40):
         clock.now += 0.125
-        access.enter("key-a")
+        access.identify("key-a").enter()
     assert len(looks) == 5
 
 
@@ -203,32 +196,32 @@ def test_what_a_key_owes_and_has_under_way_outlives_a_change(
     opened: Callable[..., Access], clock: Clock, tmp_path: Path
 ) -> None:
     access = opened(entry("a", max_concurrent=1), entry("b", tokens_per_minute=60))
-    running = access.enter("key-a")
-    access.enter("key-b").spend(120)
+    running = access.identify("key-a").enter()
+    access.identify("key-b").enter().spend(120)
     write(tmp_path / "keys.yaml", entry("c"), entry("b", tokens_per_minute=90), entry("a", max_concurrent=1))
     clock.now += 1
     with pytest.raises(RateLimitError, match="max_concurrent"):
-        access.enter("key-a")
+        access.identify("key-a").enter()
     with pytest.raises(RateLimitError) as error:
-        access.enter("key-b")
+        access.identify("key-b").enter()
     assert error.value.retry_after_s == 20  # 29 tokens, at 90 a minute
     running.leave()
-    access.enter("key-a")
+    access.identify("key-a").enter()
 
 
 def test_limits_can_be_set_and_lifted_while_running(
     opened: Callable[..., Access], clock: Clock, tmp_path: Path
 ) -> None:
     access = opened(entry("a"))
-    access.enter("key-a").spend(10**6)  # was free
+    access.identify("key-a").enter().spend(10**6)  # was free
     write(tmp_path / "keys.yaml", entry("a", tokens_per_minute=60))
     clock.now += 1
-    access.enter("key-a").spend(100)
+    access.identify("key-a").enter().spend(100)
     with pytest.raises(RateLimitError):
-        access.enter("key-a")
+        access.identify("key-a").enter()
     write(tmp_path / "keys.yaml", entry("a"))
     clock.now += 1
-    access.enter("key-a")
+    access.identify("key-a").enter()
 
 
 @pytest.fixture
@@ -251,20 +244,20 @@ def test_a_file_that_broke_keeps_the_keys_before_and_is_logged_once(
         file.write_text(broken)
     for _ in range(3):
         clock.now += 1
-        assert access.enter("key-a").key == "a"
+        assert access.identify("key-a").enter().key == "a"
         with pytest.raises(UnauthenticatedError):
-            access.enter("key-b")
+            access.identify("key-b").enter()
     (record,) = serve_log.records
     assert record.levelno == logging.ERROR
     assert str(file) in record.getMessage()
     write(file, entry("b"))
     clock.now += 1
-    assert access.enter("key-b").key == "b"
+    assert access.identify("key-b").enter().key == "b"
     with pytest.raises(UnauthenticatedError):
-        access.enter("key-a")
+        access.identify("key-a").enter()
     file.unlink()
     clock.now += 1
-    access.enter("key-b")
+    access.identify("key-b").enter()
     assert len(serve_log.records) == 2
 
 
@@ -277,7 +270,7 @@ def test_a_file_put_in_the_old_one_s_place_is_noticed(
     os.utime(tmp_path / "new.yaml", ns=(before.st_atime_ns, before.st_mtime_ns))
     (tmp_path / "new.yaml").replace(tmp_path / "keys.yaml")
     clock.now += 1
-    assert access.enter("key-b").key == "b"
+    assert access.identify("key-b").enter().key == "b"
 
 
 def test_a_file_that_comes_and_goes_is_logged_each_time(
@@ -290,11 +283,11 @@ def test_a_file_that_comes_and_goes_is_logged_each_time(
     for times in (1, 2):
         folder.rename(elsewhere)
         clock.now += 1
-        access.enter("key-a")
+        access.identify("key-a").enter()
         assert len(serve_log.records) == times
         elsewhere.rename(folder)
         clock.now += 1
-        access.enter("key-a")
+        access.identify("key-a").enter()
 
 
 def test_a_missing_file_is_refused_at_the_start(tmp_path: Path) -> None:
@@ -317,3 +310,21 @@ def test_a_missing_file_is_refused_at_the_start(tmp_path: Path) -> None:
 )
 def test_the_key_of_a_header(header: str | None, key: str | None) -> None:
     assert bearer_key(header) == key
+
+
+def test_what_is_left_of_a_keys_tokens(opened: Callable[..., Access], clock: Clock) -> None:
+    access = opened(entry("a", tokens_per_minute=60), entry("b", max_concurrent=1))
+    a = access.identify("key-a")
+    assert access.identify("key-b").budget() == {}
+
+    def left() -> tuple[str, ...]:
+        budget = a.budget()
+        return tuple(budget[f"x-ratelimit-{name}-tokens"] for name in ("limit", "remaining", "reset"))
+
+    assert left() == ("60", "60", "0s")
+    a.spend(25)
+    assert left() == ("60", "35", "25s")
+    a.spend(45)
+    assert left() == ("60", "0", "70s")
+    clock.now += 30.5
+    assert left() == ("60", "20", "40s")

@@ -9,9 +9,10 @@ import pytest
 
 from cluster.artifacts.ggml import data_bytes
 from cluster.artifacts.manifest import Manifest
-from cluster.config import ModelConfig, parse_config
+from cluster.config import parse_config
 from cluster.errors import ConfigError, EngineError
 from cluster.families import FamilyName
+from cluster.model_config import ModelConfig
 from deployments import replica
 from deployments.engines.needs import (
     PROCESS_BYTES,

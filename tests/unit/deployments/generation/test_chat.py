@@ -108,6 +108,36 @@ def test_a_template_may_take_some_conversations_and_refuse_others(tmp_path: Path
     assert tokenizer.decode(tokenizer.encode_conversation(accepted)) == "ab"
 
 
+def test_a_template_hears_what_the_request_says(tmp_path: Path) -> None:
+    template = (
+        "{%- for m in messages -%}{{ m.name or m.role }}:{{ m.content }};{%- endfor -%}"
+        "{{ mode }}{% if add_generation_prompt %}A:{% endif %}"
+    )
+    tokenizer, said = tokenizer_with(tmp_path, "bloom", template), Message("user", "hi", "bob")
+    for conversation, text in (
+        (Conversation((said,)), "bob:hi;A:"),
+        (Conversation((said,), add_generation_prompt=False), "bob:hi;"),
+        (Conversation((said,), template_arguments={"mode": "x"}), "bob:hi;xA:"),
+        (Conversation((said,), add_generation_prompt=False, continue_final_message=True), "bob:hi"),
+    ):
+        assert tokenizer.decode(tokenizer.encode_conversation(conversation)) == text
+
+
+@pytest.mark.parametrize("wanted", [None, True, False])
+def test_special_tokens_are_added_to_a_conversation_as_the_request_says(wanted: bool | None) -> None:
+    """Unless it says anything: where the template has not written them, as llama's has."""
+    llama = TOKENIZERS["llama"]
+    plain = llama.encode_conversation(talk(("user", "a")))
+    ids = llama.encode_conversation(Conversation((Message("user", "a"),), add_special_tokens=wanted))
+    assert ids == (plain if not wanted else (plain[0], *plain))
+
+
+def test_a_plain_transcript_may_end_in_the_last_message() -> None:
+    starcoder = TOKENIZERS["starcoder"]
+    conversation = Conversation((Message("user", "a"), Message("assistant", "b")), False, True)
+    assert starcoder.decode(starcoder.encode_conversation(conversation)) == "Human: a\nAssistant: b"
+
+
 @pytest.mark.parametrize("family", ["llama", "starcoder"])
 def test_half_a_surrogate_pair_in_a_message_is_refused(family: FamilyName) -> None:
     with pytest.raises(InvalidRequestError, match="messages: found half a surrogate pair") as e:

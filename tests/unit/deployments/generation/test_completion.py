@@ -9,7 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from deployments.engines.base import Token
 from deployments.engines.sampling import Sampler
+from deployments.generation.completion import CompletionState
 from deployments.generation.text import Tokenizer
 from deployments.records import (
     Conversation,
@@ -21,7 +23,8 @@ from deployments.records import (
     SamplingParams,
 )
 from tests.conftest import DEMOS
-from tests.unit.deployments.generation.test_generation import (
+from tests.examples import examples
+from tests.unit.deployments.generation.scripted_engine import (
     BLOOM,
     LLAMA,
     ScriptedEngine,
@@ -68,7 +71,7 @@ async def assert_resumes_anywhere(
 # Text that is held back behind a character that was cut off; and behind other text of the same batch.
 @example(BLOOM, b"\xe6ax", "Q: é", ("ab",), (1, 1), False, 0, 0, False)
 @example(LLAMA, b"xxaxabc", "Q: é", ("abc",), (3, 2), True, 1, 0, True)
-@settings(max_examples=200)
+@settings(max_examples=examples(100, 500))
 @given(
     tokenizer=st.sampled_from([LLAMA, BLOOM]),
     data=st.one_of(st.text(LETTERS, max_size=25).map(str.encode), st.binary(max_size=12)),
@@ -168,3 +171,12 @@ async def test_what_was_generated_counts_towards_max_tokens(limit: int) -> None:
     assert chunks[-1].completion_tokens == 1 + limit
     assert chunks[-1].finish_reason == "length"
     assert engine.requests[0].generated == script[:1]
+
+
+def test_each_chunk_tells_how_much_of_the_prompt_was_cached() -> None:
+    wanted = request("What is")
+    state = CompletionState(BLOOM, wanted, BLOOM.encode("What is"), (), BLOOM.eos_ids)
+    first, *others = BLOOM.encode(" one two.", False)
+    chunks = [state.add([Token(first, reused=2)])]
+    chunks += [state.add([Token(token, "length" if token == others[-1] else None)]) for token in others]
+    assert {chunk.cached_tokens for chunk in chunks if chunk is not None} == {2}

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+import threading
+from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,82 +10,27 @@ from hypothesis import strategies as st
 
 from cluster.errors import InvalidRequestError
 from deployments.engines.base import Token, TokenRequest
-from deployments.generation.generation import embed_text, generate_text
+from deployments.generation.generation import LONG_TEXT, embed_text, generate_text, off_the_loop
 from deployments.generation.text import Tokenizer
 from deployments.records import (
     Conversation,
-    FinishReason,
+    EngineTimes,
     GenerationChunk,
     GenerationRequest,
     Grammar,
-    LoggedToken,
     Message,
-    Prompt,
     SamplingParams,
 )
 from tests.conftest import DEMOS
-
-LLAMA, BLOOM = Tokenizer(DEMOS / "llama"), Tokenizer(DEMOS / "bloom")
-
-
-class ScriptedEngine:
-    """Gives the tokens of its script, `batch` at a time, as the Engine contract says."""
-
-    name, vocab_size, threads = "scripted", 512, 1
-
-    def __init__(self, script: tuple[int, ...], batch: int = 1, context: int = 200) -> None:
-        self.script, self.batch, self.context = script, batch, context
-        self.requests: list[TokenRequest] = []
-        self.given = 0
-        self.closed = False
-
-    async def generate(self, request: TokenRequest) -> AsyncGenerator[list[Token], None]:
-        self.requests.append(request)
-        limit = min(request.max_tokens, self.context - len(request.prompt))
-        tokens = []
-        assert tuple(request.generated) == self.script[: len(request.generated)]
-        for count, token in list(enumerate(self.script[:limit], 1))[len(request.generated) :]:
-            stop = token in request.eos_token_ids
-            reason: FinishReason | None = "stop" if stop else "length" if count == limit else None
-            logged = (-1.0 * count, ((token, -1.0 * count),)) if request.logprobs is not None else ()
-            tokens.append(Token(token, reason, *logged))
-            if stop:
-                break
-        try:
-            for start in range(0, len(tokens), self.batch):
-                self.given = start + self.batch
-                yield tokens[start : start + self.batch]
-        finally:
-            self.closed = True
-
-    async def score(self, prompt: Sequence[int], logprobs: int) -> list[Token]:
-        first, *others = prompt
-        return [Token(first), *(Token(id, logprob=-0.5, top=((id, -0.5),)[:logprobs]) for id in others)]
-
-    async def embed(self, prompt: Sequence[int]) -> list[float]:
-        return [float(len(prompt))]
-
-    def info(self) -> dict[str, str | int | float]:
-        return {}
-
-    def close(self) -> None: ...
-
-
-def request(
-    prompt: Prompt = "Q:", max_tokens: int | None = 50, stop: tuple[str, ...] = (), **fields: Any
-) -> GenerationRequest:
-    return GenerationRequest("r1", prompt, max_tokens, stop, **fields)
-
-
-async def collect(engine: ScriptedEngine, tokenizer: Tokenizer, wanted: GenerationRequest) -> list[GenerationChunk]:
-    return [chunk async for chunk in generate_text(engine, tokenizer, wanted)]
-
-
-def text_of(chunks: list[GenerationChunk]) -> str:
-    assert all(chunk.finish_reason is None for chunk in chunks[:-1])
-    assert chunks[-1].finish_reason is not None
-    assert sum(len(chunk.token_ids) for chunk in chunks) == chunks[-1].completion_tokens
-    return "".join(chunk.text for chunk in chunks)
+from tests.unit.deployments.generation.scripted_engine import (
+    BLOOM,
+    LLAMA,
+    ScriptedEngine,
+    collect,
+    logged,
+    request,
+    text_of,
+)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 100])
@@ -104,6 +50,64 @@ async def test_the_end_token_has_no_text_but_counts() -> None:
     assert text_of(chunks) == " Yes."
     assert chunks[-1].finish_reason == "stop"
     assert chunks[-1].token_ids[-1] == eos
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+async def test_a_stop_token_ends_the_text_as_an_end_token_does(ignore_eos: bool) -> None:
+    (dot,) = BLOOM.encode(".")
+    script = (*BLOOM.encode(" Yes"), dot, *BLOOM.encode(" No."))
+    engine = ScriptedEngine(script)
+    chunks = await collect(engine, BLOOM, request(stop_token_ids=(dot, 3), ignore_eos=ignore_eos))
+    assert (text_of(chunks), chunks[-1].finish_reason, chunks[-1].token_ids[-1]) == (" Yes", "stop", dot)
+    # The engine holds them back as long as `min_tokens` says.
+    assert engine.requests[0].eos_token_ids == {dot, 3} | (set() if ignore_eos else BLOOM.eos_ids)
+
+
+async def test_many_stop_strings_cut_at_the_one_that_is_complete_first() -> None:
+    stops = (*(f"{number}:" for number in range(127)), "pro")
+    chunks = await collect(ScriptedEngine(BLOOM.encode(" A CPU is the processor.")), BLOOM, request(stop=stops))
+    assert (text_of(chunks), chunks[-1].finish_reason) == (" A CPU is the ", "stop")
+
+
+async def test_special_tokens_are_text_where_they_are_not_skipped() -> None:
+    """An end token is none of the text all the same, and a stop string that is a special token cuts as any other."""
+    (eos,) = BLOOM.eos_ids
+    script = (*BLOOM.encode(" Yes"), 3, *BLOOM.encode("."), eos)
+    for skip, text in ((True, " Yes."), (False, " Yes<pad>.")):
+        wanted = request(skip_special_tokens=skip, logprobs=0)
+        chunks = await collect(ScriptedEngine(script), BLOOM, wanted)
+        assert text_of(chunks) == text
+        assert [token.offset for token in logged(chunks)][-1] == len(text) - 1
+        stopped = await collect(ScriptedEngine(script), BLOOM, request(skip_special_tokens=skip, stop=("<pad>",)))
+        assert (text_of(stopped), stopped[-1].finish_reason) == (" Yes", "stop")
+    echoed = await collect(ScriptedEngine(script), BLOOM, request((3, 5), echo=True, skip_special_tokens=False))
+    assert text_of(echoed).startswith("<pad>")
+
+
+async def test_special_tokens_are_added_to_a_text_unless_told_otherwise() -> None:
+    for added in (True, False):
+        engine = ScriptedEngine(LLAMA.encode("x"))
+        await collect(engine, LLAMA, request("What", max_tokens=1, add_special_tokens=added))
+        assert engine.requests[0].prompt == LLAMA.encode("What", added)
+    assert LLAMA.encode("What") != LLAMA.encode("What", False)
+
+
+@pytest.mark.parametrize(("last", "kept"), [(None, 9), (3, 3), (20, 9), (-1, 9)])
+async def test_a_prompt_is_cut_to_its_last_tokens(last: int | None, kept: int) -> None:
+    engine, ids = ScriptedEngine(BLOOM.encode("x")), tuple(range(10, 19))
+    (first, *_) = await collect(engine, BLOOM, request(ids, truncate_prompt_tokens=last, return_token_ids=True))
+    assert engine.requests[0].prompt == ids[-kept:] == first.prompt_token_ids
+
+
+async def test_a_prompt_that_does_not_fit_is_cut_to_what_fits() -> None:
+    engine, text = ScriptedEngine(BLOOM.encode("x"), context=20), "one two three " * 30
+    wanted = request(text, max_tokens=1, truncate_prompt_tokens=-1, echo=True)
+    chunks = await collect(engine, BLOOM, wanted)
+    assert engine.requests[0].prompt == BLOOM.encode(text)[-19:]
+    assert text_of(chunks) == BLOOM.decode(BLOOM.encode(text)[-19:]) + "x"
+    limited = request(text, max_tokens=1, truncate_prompt_tokens=-1, max_prompt_tokens=5)
+    await collect(engine, BLOOM, limited)
+    assert engine.requests[1].prompt == BLOOM.encode(text)[-5:]
 
 
 @pytest.mark.parametrize("batch", [1, 4, 100])
@@ -176,6 +180,7 @@ async def test_an_empty_prompt_needs_a_tokenizer_that_begins_texts() -> None:
         (request(prompt=Conversation((Message("user", "x" * 999),))), "messages", "found"),
         (request(grammar=Grammar("grammar", "start: ]", "grammar")), "grammar", "grammar"),
         (request(stop=("",)), "stop", "empty"),
+        (request(stop_token_ids=(512,)), "stop_token_ids", "found token id 512, allowed are 0 to 511"),
         (request(prompt="\ud800"), "prompt", "surrogate"),
     ],
 )
@@ -223,10 +228,6 @@ async def test_a_stop_string_counts_once_it_ends_after_min_tokens(min_tokens: in
     script = tuple(BLOOM.encode(letter)[0] for letter in "ab;ab;ab;")
     wanted = request(max_tokens=9, stop=("b;",), sampling=SamplingParams(min_tokens=min_tokens))
     assert text_of(await collect(ScriptedEngine(script), BLOOM, wanted)) == text
-
-
-def logged(chunks: list[GenerationChunk]) -> list[LoggedToken]:
-    return [token for chunk in chunks for token in chunk.logprobs]
 
 
 @pytest.mark.parametrize("tokenizer", [LLAMA, BLOOM])
@@ -313,3 +314,25 @@ async def test_embeddings_name_their_own_field() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         await embed_text(ScriptedEngine(()), BLOOM, (512,))
     assert caught.value.field == "input"
+
+
+@pytest.mark.parametrize("long", [False, True])
+async def test_a_long_text_is_not_tokenized_on_the_event_loop(long: bool) -> None:
+    text = "x" * (LONG_TEXT + 1 if long else 10)
+    for prompt in (text, Conversation((Message("user", text),))):
+        thread = await off_the_loop(prompt, threading.get_ident)
+        assert (thread != threading.get_ident()) == long
+
+
+async def test_the_first_chunk_behind_a_token_tells_what_the_engine_took() -> None:
+    class TimedEngine(ScriptedEngine):
+        async def generate(self, request: TokenRequest) -> AsyncGenerator[list[Token], None]:
+            first = True
+            async for batch in super().generate(request):
+                yield [replace(batch[0], queued_s=2.0, prefill_s=3.0), *batch[1:]] if first else batch
+                first = False
+
+    engine = TimedEngine(BLOOM.encode(" A CPU is"))
+    echoed, first, *others = await collect(engine, BLOOM, request("Q:", 3, echo=True))
+    assert (echoed.text, echoed.engine_times, first.engine_times) == ("Q:", None, EngineTimes(2.0, 3.0))
+    assert {chunk.engine_times for chunk in others} == {None}

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import InvalidRequestError
 from deployments.generation.json_schema import rewritten
+from tests.examples import examples
 from tests.unit.random_schemas import RandomSchemas
 from tests.unit.schema_writer import allows, check, compiled, write
 from tests.unit.tool_schemas import TOOLS
@@ -33,6 +34,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "multiples of which none remains": {"type": "array", "items": {"enum": [7, 8, "x"], "multipleOf": 8}},
     "property and pattern": SCORE,
     "property and wider pattern": SCORE | {"patternProperties": {"^s": {"maximum": 7, "type": "integer"}}},
+    "dot beside a line terminator": {"type": "object", "additionalProperties": {"const": 1}, "minProperties": 1,
+                                     "patternProperties": {"^.$": {"const": 2}}, "maxProperties": 2},
     "pattern of every key": {"type": "object", "patternProperties": {"^[^a]*$": {"const": 1}, "a": {"const": 2}}},
     "key in two spellings": {"type": "object", "properties": {"a": {"const": 1}}, "additionalProperties": {"const": 2},
                              "maxProperties": 3, "required": ["a"]},
@@ -57,7 +60,7 @@ def test_over_200_seeds_no_text_violates_the_schema_or_comes_to_a_dead_end(name:
         check(KINDS[name], text)
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(100, 500), deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
 def test_no_text_violates_a_random_schema_that_is_accepted(seed: int) -> None:
     schema = RandomSchemas(seed).root()

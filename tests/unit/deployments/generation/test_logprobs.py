@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from itertools import accumulate
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cluster.errors import InvalidRequestError
@@ -12,7 +15,7 @@ from deployments.engines.sampling import Sampler
 from deployments.generation.generation import embed_text
 from deployments.generation.text import Tokenizer
 from deployments.records import SamplingParams
-from tests.unit.deployments.generation.test_generation import (
+from tests.unit.deployments.generation.scripted_engine import (
     BLOOM,
     LLAMA,
     ScriptedEngine,
@@ -42,6 +45,8 @@ def script_of(tokenizer: Tokenizer, data: bytes) -> tuple[int, ...]:
 
 
 @given(st.sampled_from([LLAMA, BLOOM]), texts, st.integers(1, 9), st.booleans())
+@example(LLAMA, b"\xed\xa0", 1, False)  # Python's decoder waits for a third byte, although neither goes on
+@example(BLOOM, b"a\xed\xa0\x80\xed\xbf", 2, True)
 async def test_a_token_begins_at_the_character_that_holds_its_first_byte(
     tokenizer: Tokenizer, data: bytes, batch: int, echo: bool
 ) -> None:
@@ -79,6 +84,24 @@ async def test_spaces_in_front_of_a_prompt_count(tokenizer: Tokenizer, prompt: s
         assert chunk.text == (prompt if wanted == prompt else tokenizer.decode(tokenizer.encode(prompt)))
         assert chunk.logprobs[-1].data == b"."
         assert chunk.logprobs[-1].offset == len(chunk.text) - 1
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prompt"), [(LLAMA, "<s>"), (LLAMA, "<s><s>a</s>b"), (BLOOM, "</s>"), (BLOOM, "a</s></s>b é</s>c")]
+)
+async def test_special_tokens_that_a_prompt_spells_count(tokenizer: Tokenizer, prompt: str) -> None:
+    """Token ids without the text spell nothing: decoded, a special token has no text."""
+    ids = tokenizer.encode(prompt)
+    for wanted, text in ((prompt, prompt), (ids, tokenizer.decode(ids))):
+        script = script_of(tokenizer, b"xy")
+        entries = logged(await collect(ScriptedEngine(script), tokenizer, request(wanted, 2, echo=True, logprobs=0)))
+        added = int(tokenizer is LLAMA)  # a BOS, which no text spells
+        pieces = re.split("(<s>|</s>)", prompt) if wanted == prompt else [text]
+        begins = accumulate((len(piece) for piece in pieces), initial=0)
+        starts = {start for start, piece in zip(begins, pieces, strict=False) if piece}
+        assert starts <= {entry.offset for entry in entries[added:]}
+        assert [entry.offset for entry in entries[-2:]] == [len(text), len(text) + 1]
+        assert [entry.offset for entry in entries[:added]] == [0] * added
 
 
 async def test_a_prompt_may_fill_the_context_where_nothing_is_generated() -> None:

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-from deployments.engines.bigdl.timings import Clock, Timings
+from deployments.engines.bigdl.timings import Timings, TimingsClock
 
 
 def test_the_lines_are_those_of_the_reference() -> None:
-    timings = Timings(2.5, Clock(0.01303, 32), Clock(0.14113, 9), Clock(3.64695, 31), 3.90021)
+    timings = Timings(2.5, TimingsClock(0.01303, 32), TimingsClock(0.14113, 9), TimingsClock(3.64695, 31), 3.90021)
     assert timings.lines() == [
         "bigdl-llm timings:        load time =  2500.00 ms",
         "bigdl-llm timings:      sample time =    13.03 ms /    32 runs   (    0.41 ms per token)",
@@ -19,7 +19,7 @@ def test_no_token_is_no_division_by_zero() -> None:
 
 
 def test_a_clock_adds_up() -> None:
-    clock = Clock()
+    clock = TimingsClock()
     for tokens in (1, 4):
         with clock.measure(tokens):
             pass

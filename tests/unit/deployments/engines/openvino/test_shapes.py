@@ -14,12 +14,12 @@ import pytest
 
 from cluster.artifacts.manifest import Manifest
 from cluster.checkpoints.hyperparameters import read_hyperparameters
-from cluster.checkpoints.rotary import Rotary
 from cluster.checkpoints.weights import WeightsReader, weight_sources
 from cluster.conversion.layouts import output_rows
 from cluster.conversion.plan import plan_conversion
 from cluster.errors import ArtifactError, EngineError
-from cluster.isa import choose_isa
+from cluster.families.rotary import Rotary
+from cluster.machine.isa import choose_isa
 from deployments.engines.bigdl.model import load_model
 from deployments.engines.check import check_artifact
 from tests.conftest import convert_here

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.isa import cpu_flags
+from cluster.machine.isa import cpu_flags
 from deployments.engines.cache_memory import zeros
 from deployments.engines.products.layout import PRODUCT_FLAGS, tiles
 from deployments.engines.products.threads import SHARES, Q4Threads
