@@ -7,7 +7,7 @@ import random
 import secrets
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -36,10 +36,11 @@ from cluster.serve_settings import (
 HAPROXY_PARENT = "/tmp"
 
 
-def serve_environment(folder: Path, limits: LimitsConfig) -> dict[str, str]:
-    """What every process of a cluster that nibble starts on this machine has in its environment. Raises ConfigError
-    where Ray would not read it."""
-    ports = LocalPorts(*(*free_ports(4), free_block(REPLICA_PORTS)))
+def serve_environment(folder: Path, limits: LimitsConfig, reserved: Collection[int] = ()) -> dict[str, str]:
+    """What every process of a cluster that nibble starts on this machine has in its environment. `reserved`: ports that
+    its servers will listen on, which are still free now. Raises ConfigError where Ray would not read it."""
+    single = free_ports(4, reserved)
+    ports = LocalPorts(*single, free_block(REPLICA_PORTS, {*reserved, *single}))
     script = haproxy_script(folder, get_haproxy_binary())
     settings = serve_settings(limits) | local_settings(folder, ports)
     settings["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(script)
@@ -48,8 +49,11 @@ def serve_environment(folder: Path, limits: LimitsConfig) -> dict[str, str]:
 
 
 @contextmanager
-def local_cluster(cpus: int | None, verbose: bool = False, limits: LimitsConfig | None = None) -> Iterator[str]:
+def local_cluster(
+    cpus: int | None, verbose: bool = False, limits: LimitsConfig | None = None, reserved: Collection[int] = ()
+) -> Iterator[str]:
     """A Ray node on this machine that counts `cpus` CPUs (None: as many as it has cores); yields its address.
+    `reserved`: as `serve_environment` has it.
 
     At the end its processes and files are gone; those of a server that was killed, at the start of the next.
     """
@@ -61,7 +65,7 @@ def local_cluster(cpus: int | None, verbose: bool = False, limits: LimitsConfig 
         own_folder = stack.enter_context(owned_folder(base))
         ray_folder = own_folder / "r"
         haproxy_folder = stack.enter_context(owned_folder(HAPROXY_PARENT))
-        stack.enter_context(environment(serve_environment(haproxy_folder, limits or LimitsConfig())))
+        stack.enter_context(environment(serve_environment(haproxy_folder, limits or LimitsConfig(), reserved)))
         stack.enter_context(environment(token_settings(own_folder)))
         os.environ[FOLDERS_VARIABLE] = f"{own_folder}:{haproxy_folder}"
         stack.callback(ray.shutdown)
@@ -131,17 +135,19 @@ def joined_cluster(address: str, verbose: bool = False) -> Iterator[str]:
 UNCLAIMED_PORTS = range(20_000, 30_000)
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
+def free_ports(count: int, reserved: Collection[int] = ()) -> list[int]:
+    """Ports that were free a moment ago, none of them `reserved`."""
     shuffled = random.sample(UNCLAIMED_PORTS, len(UNCLAIMED_PORTS))
-    return list(islice(filter(is_free, shuffled), count))
+    return list(islice((port for port in shuffled if port not in reserved and is_free(port)), count))
 
 
-def free_block(count: int) -> int:
-    """The first of so many consecutive ports that were free a moment ago. Raises ConfigError where there are none."""
+def free_block(count: int, reserved: Collection[int] = ()) -> int:
+    """The first of so many consecutive ports that were free a moment ago, none of them `reserved`. Raises ConfigError
+    where there are none."""
     starts = UNCLAIMED_PORTS[::count][:-1]
     for first in random.sample(starts, len(starts)):
-        if all(is_free(port) for port in range(first, first + count)):
+        block = range(first, first + count)
+        if not any(port in block for port in reserved) and all(map(is_free, block)):
             return first
     raise ConfigError(
         f"found no {count} consecutive free ports in {UNCLAIMED_PORTS.start} to {UNCLAIMED_PORTS.stop - 1}"

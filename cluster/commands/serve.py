@@ -72,7 +72,9 @@ def serve(
     with ExitStack() as stack:
         try:
             if address is None:
-                ray_address = stack.enter_context(local_cluster(local_cpus(config, say), verbose, config.limits))
+                listens = (config.http.port, config.grpc.port)
+                cluster = local_cluster(local_cpus(config, say), verbose, config.limits, listens)
+                ray_address = stack.enter_context(cluster)
             else:
                 ray_address = stack.enter_context(joined_cluster(address, verbose))
             # After Ray has started, which takes SIGTERM for itself and then dies of it without ending its node.

@@ -55,6 +55,20 @@ def test_a_block_with_a_port_in_use_is_not_taken(monkeypatch: pytest.MonkeyPatch
             free_block(4)
 
 
+def test_ports_that_the_servers_will_listen_on_are_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = free_block(16)
+    monkeypatch.setattr(ray_cluster, "UNCLAIMED_PORTS", range(first, first + 16))
+    assert set(free_ports(16, {first, first + 9})) == set(range(first, first + 16)) - {first, first + 9}
+    assert free_block(4, {first, first + 9}) == first + 4
+    given = []
+    monkeypatch.setattr(ray_cluster, "free_block", lambda count, reserved: given.append((count, set(reserved))) or first)
+    settings = serve_environment(Path("/tmp"), LimitsConfig(), reserved=(first, first + 9))
+    ((count, reserved),) = given
+    single = {int(value) for name, value in settings.items() if name.endswith("_PORT") and "DIRECT" not in name}
+    assert (count, reserved) == (REPLICA_PORTS, single | {first, first + 9})
+    assert not single & {first, first + 9}
+
+
 def test_what_starts_for_a_dead_haproxy_knows_the_routers(tmp_path: Path) -> None:
     file = tmp_path / "haproxy.cfg"
     alone = "defaults\nbackend b\n    server fallback 127.0.0.1:1 check backup\n"
