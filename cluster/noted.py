@@ -33,7 +33,9 @@ def noted(ray_address: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         remove_dead(folder)
         file = folder / f"{note.pid}.json"
-        file.write_text(json.dumps(note._asdict()))
+        new = file.with_suffix(".new")  # whoever looks meanwhile finds it whole, or not at all
+        new.write_text(json.dumps(note._asdict()))
+        new.replace(file)
     try:
         yield
     finally:

@@ -40,7 +40,8 @@ def serve_environment(folder: Path, limits: LimitsConfig, reserved: Collection[i
     """What every process of a cluster that nibble starts on this machine has in its environment. `reserved`: ports that
     its servers will listen on, which are still free now. Raises ConfigError where Ray would not read it."""
     single = free_ports(4, reserved)
-    ports = LocalPorts(*single, free_block(REPLICA_PORTS, {*reserved, *single}))
+    block = free_block(REPLICA_PORTS, {*reserved, *single})
+    ports = LocalPorts(*(*single, block))
     script = haproxy_script(folder, get_haproxy_binary())
     settings = serve_settings(limits) | local_settings(folder, ports)
     settings["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(script)

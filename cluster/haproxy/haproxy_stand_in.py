@@ -30,13 +30,12 @@ SUFFIX = ".stand-in"
 
 
 class StandIn:
-    """`config`: the file that Serve's HAProxy was started with. `file` names the process that stands in, if any."""
+    """`config`: the file that Serve's HAProxy was started with."""
 
     def __init__(self, program: str, config: Path) -> None:
         self._program = program
         self._config = config.read_text()
         self._own_config = config.with_name(config.name + SUFFIX)
-        self.file = config.with_name(config.name + SUFFIX + ".pid")
         found = re.search(r"^ *stats socket (\S+)", self._config, re.MULTILINE)
         if found is None:
             raise ValueError(f"{config}: found no line `stats socket`")
@@ -55,21 +54,10 @@ class StandIn:
         found = re.search(rb"^Pid: *(\d+)", answer, re.MULTILINE)
         return int(found[1]) if found else None
 
-    def retire(self) -> None:
-        """Ends the one that stands in: it takes no more connections, and ends those that it has."""
-        try:
-            pid = int(self.file.read_text())
-            if str(self._own_config).encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-                os.kill(pid, signal.SIGUSR1)
-        except (OSError, ValueError):
-            return  # there is none
-
     def start(self) -> subprocess.Popen[bytes]:
         self._own_config.write_text(self._config.replace(self._socket, self._socket + SUFFIX))
         command = [self._program, "-dS", "-db", "-f", str(self._own_config)]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent)
-        self.file.write_text(str(process.pid))
-        return process
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent)
 
 
 def end_with_parent() -> None:
@@ -96,14 +84,16 @@ def main(arguments: list[str]) -> None:
     while not ended and stand_in.answering() != int(number) and time.monotonic() < deadline:
         ended = wait(POLL_S, haproxy, raylet)
     if not ended:
-        stand_in.retire()
         ended = wait(-1, haproxy, raylet)
     if raylet in ended or stand_in.answering() is not None:  # a reload: the next one has taken over
         return
     process = stand_in.start()
-    running = os.pidfd_open(process.pid)
-    ended = wait(STAND_IN_S, running, raylet)
-    if not ended and stand_in.answering() is not None:  # it has been retired, and has connections left
+    running, deadline = os.pidfd_open(process.pid), time.monotonic() + STAND_IN_S
+    ended = set()
+    while not ended and stand_in.answering() is None and time.monotonic() < deadline:
+        ended = wait(POLL_S, running, raylet)
+    if not ended and stand_in.answering() is not None:  # Serve's next one has the port
+        process.send_signal(signal.SIGUSR1)  # takes no more connections, and ends when those that it has do
         wait(-1, running, raylet)
     process.terminate()
     process.wait()

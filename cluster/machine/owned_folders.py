@@ -37,8 +37,16 @@ def owned_folder(parent: str | Path) -> Iterator[Path]:
         new.rename(folder / LOCK)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         os.close(lock)
+
+
+def remove(folder: Path) -> None:
+    """Ray's workers outlive their raylet for a moment, and what they write meanwhile would keep the folder."""
+    deadline = time.monotonic() + END_S
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.02)
 
 
 def sweep(parents: Iterable[str | Path]) -> None:
@@ -57,7 +65,7 @@ def sweep_folder(folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         kill_processes(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
     finally:
         os.close(lock)
 

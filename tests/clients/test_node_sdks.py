@@ -12,6 +12,8 @@ import pytest
 from tests.clients.tool_environment import HERE, node_tool, run_script
 from tests.integration.processes import Served
 
+pytestmark = pytest.mark.timeout(1200)  # the first run installs them
+
 LIGHTS = [{"room": room, "on": on} for room in ("kitchen", "hall") for on in (True, False)]
 Script = Callable[[str], dict[str, Any]]
 

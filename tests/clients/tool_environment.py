@@ -96,7 +96,7 @@ def run_installer(command: Sequence[str], folder: Path = HERE) -> None:
         raise InstallError(ended.stderr.strip()[-500:])
 
 
-def run_client(command: Sequence[str | Path], folder: Path, timeout: float = 200, **environment: str) -> str:
+def run_client(command: Sequence[str | Path], folder: Path, timeout: float = 600, **environment: str) -> str:
     """What a client prints; it must end well. `folder`: its home, and where it works."""
     own = {"HOME": str(folder), "HF_HOME": str(folder / "hf"), "COLUMNS": "200", "TERM": "dumb", **environment}
     ended = subprocess.run(

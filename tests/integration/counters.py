@@ -35,9 +35,12 @@ def counters_of(served: Served) -> Iterator[Ask]:
     requests, answers = process.stdin, process.stdout
 
     def ask(model: str) -> dict[str, Any]:
-        print(model, file=requests, flush=True)
-        answer: dict[str, Any] = json.loads(answers.readline())
-        return answer
+        for _ in range(6):
+            print(model, file=requests, flush=True)
+            answer: dict[str, Any] = json.loads(answers.readline())
+            if answer:  # else the replica was too busy to answer within the router's time for it
+                return answer
+        raise AssertionError(f"{model}: no replica says anything")
 
     try:
         yield ask

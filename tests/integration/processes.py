@@ -81,7 +81,7 @@ class Sandbox:
             except OSError:
                 continue  # it ended meanwhile, or is another user's
 
-    def wait_no_processes(self, timeout: float = 20) -> list[str]:
+    def wait_no_processes(self, timeout: float = 60) -> list[str]:
         """What is still there after `timeout` seconds at most."""
         deadline = time.monotonic() + timeout
         while (left := self.processes()) and time.monotonic() < deadline:
@@ -116,7 +116,7 @@ class Served:
     def ray_address(self) -> str:
         return next(line.split()[-1] for line in self.output.splitlines() if line.startswith("Ray cluster at"))
 
-    def stop(self, number: int = signal.SIGINT, timeout: float = 60) -> int:
+    def stop(self, number: int = signal.SIGINT, timeout: float = 150) -> int:
         """SIGINT goes to the whole process group, as Ctrl-C in a terminal; another signal to the command alone, as a
         supervisor sends it. The exit code."""
         send = os.killpg if number == signal.SIGINT else os.kill

@@ -157,7 +157,10 @@ class BigdlEngine:
     def _submit(self, job: Callable[[], T]) -> Future[T]:
         if self._closed:
             raise closed_error()
-        return self._worker.submit(job)
+        try:
+            return self._worker.submit(job)
+        except RuntimeError:  # it was closed since
+            raise closed_error() from None
 
     def _load(self, folder: Path) -> CachedModel:
         # Before the library is loaded: the threads that it starts later inherit the mask of this one.

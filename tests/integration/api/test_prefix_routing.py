@@ -31,7 +31,7 @@ def requests_of(served: Served) -> dict[str, float]:
     """By replica, so far."""
     return {
         dict(labels)["replica"]: value
-        for (name, labels), value in scraped(served).items()
+        for (name, labels), value in scraped(served, replicas=2).items()
         if name == "nibble_replica_requests_total"
     }
 

@@ -58,7 +58,7 @@ def test_a_served_artifact_is_kept_durably_and_survives_damage_and_a_restart(tmp
             removed = home.run("artifacts", "remove", artifact_id)
             assert removed.returncode == 1
             assert "a replica uses it" in removed.stderr
-            assert httpx.get(f"{served.http}/readyz").status_code == 200
+            assert httpx.get(f"{served.http}/readyz", timeout=60).status_code == 200
             assert_ends_cleanly(served, signal.SIGTERM)
         flip_bit(cached(home) / "bigdl_llm_bloom_q4_0.bin")
         made = json.loads((kept / "manifest.json").read_text())["sha256"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +19,11 @@ from cluster.families import FAMILIES, FAMILY_NAMES, FamilyName
 from cluster.machine.isa import choose_isa
 from deployments.engines.agreement import relative_rms
 from deployments.engines.base import Logits, Token, TokenRequest
+from deployments.engines.bigdl import engine as bigdl_engine
 from deployments.engines.bigdl.engine import BigdlEngine
 from deployments.engines.bigdl.model import BLOCK, PrefillCancelledError, load_model
 from deployments.engines.ggml_blocks import BLOCKS
+from deployments.engines.sampling import log_probabilities
 from deployments.generation.text import Tokenizer
 from deployments.records import SamplingParams
 
@@ -165,6 +169,18 @@ def test_a_score_is_cancelled_between_tokens(demo_artifact: Artifact, family: Fa
     model.close()
 
 
+@pytest.fixture
+def slow_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A score of the whole context takes more than a second on any machine."""
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.01)  # at each token
+        return log_probabilities(*arguments)
+
+    monkeypatch.setattr(bigdl_engine, "log_probabilities", slow)
+
+
+@pytest.mark.usefixtures("slow_scores")
 async def test_an_abandoned_score_stops_and_leaves_the_engine_sound(engine: BigdlEngine) -> None:
     before = engine.info()
     prompt = ids(11, CONTEXT)
@@ -184,6 +200,7 @@ async def test_an_abandoned_score_stops_and_leaves_the_engine_sound(engine: Bigd
     assert after["scored_tokens"] == before["scored_tokens"]
 
 
+@pytest.mark.usefixtures("slow_scores")
 @pytest.mark.parametrize("call", ["score", "embed"])
 async def test_closing_the_engine_ends_what_runs_and_what_waits(demo_artifact: Artifact, call: str) -> None:
     engine = BigdlEngine(demo_artifact("llama"), 1, CONTEXT)
@@ -195,7 +212,7 @@ async def test_closing_the_engine_ends_what_runs_and_what_waits(demo_artifact: A
     await asyncio.to_thread(engine.close)
     for task in tasks:
         with pytest.raises(EngineError, match="closed"):
-            await asyncio.wait_for(task, 5)
+            await asyncio.wait_for(task, 30)
 
 
 def output_matrix(folder: Path) -> Logits:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Mapping
 
 import httpx
@@ -10,11 +12,22 @@ from prometheus_client.parser import text_string_to_metric_families
 from deployments.observability.definitions import REPLICA_METRICS, STORE_METRICS
 from tests.integration.processes import Served
 
+POLLING_S = 60
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
-def scraped(served: Served) -> Samples:
-    return samples_of(httpx.get(f"{served.http}/metrics", timeout=30))
+def scraped(served: Served, replicas: int = 1) -> Samples:
+    """The first scrape with all of them in it, and the artifact store: a scrape does without who answers late."""
+    deadline = time.monotonic() + POLLING_S
+    while True:
+        samples = samples_of(httpx.get(f"{served.http}/metrics", timeout=30))
+        models = {dict(labels)["model_name"] for name, labels in samples if name == "nibble_model_ready"}
+        told = Counter(dict(labels)["model_name"] for name, labels in samples if name == "nibble_replica_info")
+        stored = {each.exposed for each in STORE_METRICS} <= {name for name, _ in samples}
+        if models and stored and all(told[model] >= replicas for model in models):
+            return samples
+        assert time.monotonic() < deadline, f"replicas {dict(told)} of {models}, artifact store: {stored}"
+        time.sleep(0.2)
 
 
 def samples_of(response: httpx.Response) -> Samples:
@@ -32,7 +45,7 @@ def test_a_request_is_in_the_next_scrape_of_its_router_and_its_replica(served: S
     before = scraped(served)
     body = {"model": "gptneox", "prompt": "Q: What is CPU? A:", "max_tokens": 5, "ignore_eos": True}
     usage = httpx.post(f"{served.http}/v1/completions", json=body, timeout=60).json()["usage"]
-    assert httpx.post(f"{served.http}/v1/completions", json=body | {"model": "nobody"}).status_code == 404
+    assert httpx.post(f"{served.http}/v1/completions", json=body | {"model": "nobody"}, timeout=60).status_code == 404
     after = scraped(served)
 
     def new(name: str, **labels: str) -> float:

@@ -50,7 +50,9 @@ def test_a_server_that_is_not_there_is_a_line_and_exit_code_1() -> None:
 
 def test_memory_and_writes_of_descendants_are_measured(tmp_path: Path) -> None:
     inner = "import os, time; x = bytes(200_000_000); f = open('out', 'wb'); f.write(x[:50_000_000]); f.flush();"
-    inner += "os.fsync(f.fileno()); y = bytearray(b'1') * 200_000_000; print('done'); time.sleep(1.5)"
+    inner += (
+        "os.fsync(f.fileno()); y = bytearray(b'1') * 200_000_000; print('done'); [time.sleep(0.1) for _ in range(15)]"
+    )
     outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}, 'marked'], check=True)"
     run = measure([sys.executable, "-c", outer], dict(os.environ), tmp_path, "marked")
     assert run.output == "done\n"

@@ -73,16 +73,24 @@ class Listening:
                 answer = b"".join(iter(lambda: connection.recv(4096), b""))
         except OSError:
             return None
-        return int(answer.rpartition(b"\r\n\r\n")[2])
+        body = answer.rpartition(b"\r\n\r\n")[2]
+        return int(body) if body else None  # closed without an answer
 
-    def processes(self) -> list[str]:
-        """The command lines of all that has to do with this configuration."""
-        found = []
+    def standing_in(self) -> set[int]:
+        return {pid for pid, command in self.processes().items() if f"{self.config}.stand-in" in command}
+
+    def watched(self, haproxy: int) -> bool:
+        """Whether somebody will stand in for it."""
+        return any(f"haproxy_stand_in.py {haproxy} " in command for command in self.processes().values())
+
+    def processes(self) -> dict[int, str]:
+        """The command lines of all that has to do with this configuration, by process."""
+        found = {}
         for line in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 text = line.read_bytes().replace(b"\0", b" ").decode()
                 if str(self.folder) in text and int(line.parent.name) != os.getpid():
-                    found.append(text)
+                    found[int(line.parent.name)] = text
         return found
 
 
@@ -96,7 +104,7 @@ def listening(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Listening]:
         raylet.stdin.close()  # its actor ends by that
         raylet.wait(SOON)
         raylet.stdout.close()
-    until(lambda: listening.processes() == [])
+    until(lambda: listening.processes() == {})
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -118,14 +126,32 @@ def test_another_process_listens_until_the_next_haproxy_does(listening: Listenin
 
 
 def test_the_next_one_that_dies_is_stood_in_for_too(listening: Listening) -> None:
-    seen = set()
+    stand_ins: list[int | None] = []
     for _ in range(2):
         haproxy = listening.start()
-        until(lambda haproxy=haproxy: {listening.answering() for _ in range(5)} == {haproxy})  # type: ignore[misc]
+        until(lambda: not any(Path(f"/proc/{each}").exists() for each in stand_ins))
+        until(lambda haproxy=haproxy: listening.answering() == haproxy)  # type: ignore[misc]
         os.kill(haproxy, signal.SIGKILL)
         until(lambda haproxy=haproxy: listening.answering() not in (None, haproxy))  # type: ignore[misc]
-        seen.add(listening.answering())
-    assert len(seen) == 2
+        stand_ins.append(listening.answering())
+    assert len(set(stand_ins)) == 2
+
+
+def test_one_that_dies_before_it_answers_leaves_nobody_standing_in(listening: Listening) -> None:
+    first = listening.start()
+    until(lambda: listening.answering() == first)
+    os.kill(first, signal.SIGKILL)
+    until(lambda: listening.standing_in() != set())
+    earlier = listening.standing_in()
+    second = listening.start()
+    until(lambda: listening.watched(second))
+    os.kill(second, signal.SIGSTOP)  # as a rule before it answers
+    time.sleep(0.5)
+    os.kill(second, signal.SIGKILL)
+    until(lambda: listening.standing_in() - earlier != set())
+    third = listening.start()
+    until(lambda: listening.standing_in() == set())
+    assert {listening.answering() for _ in range(20)} == {third}
 
 
 def test_nothing_stays_when_the_raylet_is_gone(listening: Listening) -> None:
@@ -144,7 +170,7 @@ def test_a_reload_needs_nobody_to_stand_in(listening: Listening) -> None:
     os.kill(first, signal.SIGUSR1)
     until(lambda: {listening.answering() for _ in range(5)} == {second})
     time.sleep(0.5)  # in which the first one's watcher would start another
-    assert not any("stand-in" in command.rpartition("/")[2] for command in listening.processes())
+    assert listening.standing_in() == set()
 
 
 class Fallback(BaseHTTPRequestHandler):

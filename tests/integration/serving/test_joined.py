@@ -25,18 +25,20 @@ ADDED = {"name": "two", "family": "bloom", "checkpoint": "builtin:bloom", "threa
 
 
 @pytest.fixture
-def two_nodes() -> Iterator[tuple[Sandbox, str]]:
+def two_nodes() -> Iterator[tuple[Sandbox, str, list[int]]]:
     """Each with a CPU, so that two models need both, and with files and ports of its own, as on machines of their own;
-    and the address."""
+    the address; and ports for HTTP and gRPC."""
     with sandbox() as home, ExitStack() as stack:
-        (port,) = free_ports(1)
+        port, *listens = free_ports(3)
+        reserved = {port, *listens}
         address, common = f"127.0.0.1:{port}", ["--num-cpus=1", "--block"]
         head = ["--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
         nodes = {"head": [*head, f"--temp-dir={home.ray_tmpdir}"], "joined": ["--address", address]}
         for name, arguments in nodes.items():
             # HAProxy takes no long path of a socket.
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp", prefix="nb")))
-            settings = serve_environment(folder, LimitsConfig())
+            settings = serve_environment(folder, LimitsConfig(), reserved)
+            reserved |= {int(value) for name, value in settings.items() if name.endswith("_PORT")}
             process = subprocess.Popen(
                 [str(RAY), "start", *arguments, *common],
                 env=home.environment | settings,
@@ -48,7 +50,7 @@ def two_nodes() -> Iterator[tuple[Sandbox, str]]:
             stack.callback(os.killpg, process.pid, signal.SIGKILL)
             wait_for_head(home, address)
             home.extra |= settings if name == "head" else {}
-        yield home, address
+        yield home, address, listens
         stack.close()
         assert home.wait_no_processes() == []
 
@@ -67,9 +69,10 @@ def ready(url: str) -> dict[str, bool]:
 
 
 @pytest.mark.long
-def test_a_joined_cluster_of_two_nodes_serves_and_changes(two_nodes: tuple[Sandbox, str], tmp_path: Path) -> None:
-    home, address = two_nodes
-    http_port, grpc_port = free_ports(2)
+def test_a_joined_cluster_of_two_nodes_serves_and_changes(
+    two_nodes: tuple[Sandbox, str, list[int]], tmp_path: Path
+) -> None:
+    home, address, (http_port, grpc_port) = two_nodes
     config = yaml.safe_dump({"models": [MODEL]})
     with serving(home, config, http_port, grpc_port, "--address", address) as served:
         assert set(ready(served.http)) == {"one"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -28,7 +29,7 @@ models:
 def test_a_signal_ends_serve_and_leaves_no_process_and_no_file(number: signal.Signals) -> None:
     config = "models:\n- {name: bloom, family: bloom, checkpoint: 'builtin:bloom', threads: 1}\n"
     with sandbox() as home, serving(home, config, *free_ports(2)) as served:
-        assert httpx.get(f"{served.http}/readyz").status_code == 200
+        assert httpx.get(f"{served.http}/readyz", timeout=60).status_code == 200
         assert list((home.home / ".cache" / "nibble" / "clusters").glob("*.json"))
         assert_ends_cleanly(served, number)
 
@@ -48,7 +49,7 @@ def test_the_next_start_sweeps_what_a_killed_server_left() -> None:
         with serving(home, config, *free_ports(2)) as served:
             assert not any(folder.exists() for folder in outside | left)
             assert not processes & {pid for pid, _ in home.titled()}
-            assert httpx.get(f"{served.http}/readyz").status_code == 200
+            assert httpx.get(f"{served.http}/readyz", timeout=60).status_code == 200
             assert_ends_cleanly(served, signal.SIGTERM)
 
 
@@ -74,12 +75,13 @@ def test_a_model_that_cannot_be_converted_ends_serve_with_one_line() -> None:
         assert home.wait_no_processes() == []
 
 
-def wait_until_ready(served: Served, model: str, timeout: float = 60) -> None:
+def wait_until_ready(served: Served, model: str, timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        cards = httpx.get(f"{served.http}/v1/models", timeout=10).json().get("data", [])
-        if any(card["id"] == model and card["ready"] for card in cards):
-            return
+        with contextlib.suppress(httpx.HTTPError, ValueError):  # the router may not have started
+            cards = httpx.get(f"{served.http}/v1/models", timeout=30).json().get("data", [])
+            if any(card["id"] == model and card["ready"] for card in cards):
+                return
         time.sleep(0.2)
     raise AssertionError(f"{model} is not ready after {timeout} s:\n{served.output}")
 
@@ -99,7 +101,7 @@ def test_in_a_joined_cluster_what_does_not_fit_waits_and_artifacts_outlive_the_d
         assert answer.status_code == 200
         refused = httpx.post(f"{served.http}/v1/completions", json={"model": "waits", "prompt": "Q:"}, timeout=60)
         assert refused.status_code == 503
-        assert httpx.get(f"{served.http}/readyz").json()["not_ready"] == ["waits"]
+        assert httpx.get(f"{served.http}/readyz", timeout=60).json()["not_ready"] == ["waits"]
         status = home.run("status", *arguments)
         assert re.search(
             r"waits +│ 1 starting; waits for a node with 2 free CPUs \(in the whole cluster 0 are free\)", status.stdout

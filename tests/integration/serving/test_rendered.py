@@ -50,7 +50,7 @@ def ready():
     except httpx.HTTPError:
         return False
 
-with local_cluster(8):
+with local_cluster(8, reserved=(http, grpc)):
     from ray import serve
     from cluster.commands.status import ray_serve
     from deployments.app import grpc_options

@@ -55,15 +55,22 @@ def test_a_block_with_a_port_in_use_is_not_taken(monkeypatch: pytest.MonkeyPatch
             free_block(4)
 
 
-def test_ports_that_the_servers_will_listen_on_are_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ports_that_the_servers_will_listen_on_are_left_to_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     first = free_block(16)
     monkeypatch.setattr(ray_cluster, "UNCLAIMED_PORTS", range(first, first + 16))
     assert set(free_ports(16, {first, first + 9})) == set(range(first, first + 16)) - {first, first + 9}
     assert free_block(4, {first, first + 9}) == first + 4
-    given = []
-    monkeypatch.setattr(ray_cluster, "free_block", lambda count, reserved: given.append((count, set(reserved))) or first)
-    settings = serve_environment(Path("/tmp"), LimitsConfig(), reserved=(first, first + 9))
-    ((count, reserved),) = given
+    asked = []
+
+    def block(count: int, reserved: set[int]) -> int:
+        asked.append((count, reserved))
+        return first
+
+    monkeypatch.setattr(ray_cluster, "free_block", block)
+    settings = serve_environment(tmp_path, LimitsConfig(), reserved=(first, first + 9))
+    ((count, reserved),) = asked
     single = {int(value) for name, value in settings.items() if name.endswith("_PORT") and "DIRECT" not in name}
     assert (count, reserved) == (REPLICA_PORTS, single | {first, first + 9})
     assert not single & {first, first + 9}
