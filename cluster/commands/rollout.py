@@ -275,8 +275,10 @@ def deploy_router(settings: RouterSettings) -> None:
     deadline = time.monotonic() + SETTLE_S
     while time.monotonic() < deadline:
         time.sleep(POLL_S)
-        router = deployment_of(serve_applications(), ROUTER_APP, ROUTER_NAME)
-        if router is not None and router.status == "HEALTHY":
+        applications = serve_applications()
+        router = deployment_of(applications, ROUTER_APP, ROUTER_NAME)
+        # The application's status changes at once, the deployment's own at the controller's next turn.
+        if router is not None and router.status == "HEALTHY" and applications[ROUTER_APP].status == "RUNNING":
             return
     raise NibbleError(f"the router did not take up its settings within {SETTLE_S} s; `nibble status` shows its state")
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from deployments.routing.greeting import FirstAnswer
 
 POLL_S = 0.5
-ANSWER_TIMEOUT_S = 30
+ANSWER_TIMEOUT_S = 120  # the router may still start when all models are ready
 FIRST_ANSWER_TOKENS = 12  # enough to see that it speaks: 64 take half a minute at 7 billion weights
 FIRST_ANSWER_TIMEOUT_S = 120
 LOOK_S = 0.5  # until a configuration that is to be loaded again is

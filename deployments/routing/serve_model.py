@@ -210,6 +210,11 @@ def cause_of(error: BaseException) -> BaseException | None:
     return nibble_cause(error) if isinstance(error, RayTaskError) else error
 
 
+# What Ray 2.60 raises, as a plain RuntimeError, where a replica dies before it has accepted the request
+# (`get_rejection_response` of serve/_private/replica_result.py).
+NOT_ACCEPTED = "Unexpected error (StatusCode.UNAVAILABLE)"
+
+
 class Tries:
     """How often one request has been tried."""
 
@@ -224,7 +229,7 @@ class Tries:
             return
         # An engine that has ended is as good as a replica that has died: Serve will replace it.
         died = isinstance(error, (RayActorError, grpc.aio.AioRpcError)) or isinstance(cause_of(error), EngineError)
-        if not died:
+        if not died and not (isinstance(error, RuntimeError) and str(error).startswith(NOT_ACCEPTED)):
             raise error
         wait = None if watch.begun else next(self._waits, None)
         if wait is None:

@@ -11,6 +11,7 @@ from ray.exceptions import TaskCancelledError
 from cluster.errors import DeadlineError, UnavailableError
 
 R = TypeVar("R")
+GRACE_S = 1.0  # a response that seems to have stalled is given so long again
 
 
 class MovedError(Exception):
@@ -30,6 +31,7 @@ class Watch:
         self._response: Any = None
         self._reason: Exception | None = None  # why the response was cancelled
         self._seen_at = 0.0
+        self._doubted_at: float | None = None  # since when the response has seemed to have stalled
         self.begun = False  # whether any of the answer has come
 
     def __enter__(self) -> Watch:
@@ -53,7 +55,7 @@ class Watch:
 
     def progress(self) -> None:
         """A piece of the answer came."""
-        self._seen_at = self._loop.time()
+        self._seen_at, self._doubted_at = self._loop.time(), None
         if not self.begun:
             self.begun = True
             self._set_timer()
@@ -96,15 +98,22 @@ class Watch:
     def _set_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        stalled_at = self._seen_at + self._stall_s if self.begun and self._stall_s is not None else None
-        due = [at for at in (self._deadline, stalled_at) if at is not None]
+        due = [at for at in (self._deadline, self._stalled_at()) if at is not None]
         self._timer = self._loop.call_at(min(due), self._look) if due else None
 
+    def _stalled_at(self) -> float | None:
+        if not self.begun or self._stall_s is None:
+            return None
+        return self._seen_at + self._stall_s if self._doubted_at is None else self._doubted_at + GRACE_S
+
     def _look(self) -> None:
-        now = self._loop.time()
+        now, stalled_at = self._loop.time(), self._stalled_at()
         if self._deadline is not None and now >= self._deadline:
             self.end(self._expired())
-        elif self.begun and self._stall_s is not None and now >= self._seen_at + self._stall_s:
+        elif stalled_at is not None and now >= stalled_at and self._doubted_at is None:
+            self._doubted_at = now  # this process may have stood still itself: what came meanwhile is read first
+            self._set_timer()
+        elif stalled_at is not None and now >= stalled_at:
             stalled = f"its replica gave no token for {self._stall_s:g} s (limits.stall_s); it counts as frozen"
             self.end(UnavailableError(f"{self._what}: {stalled}"))
         else:

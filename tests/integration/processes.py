@@ -77,7 +77,8 @@ class Sandbox:
             try:
                 if marker in (environment := (process / "environ").read_bytes()):
                     command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    yield int(process.name), command.strip(), environment
+                    if command.strip():  # else it is ending
+                        yield int(process.name), command.strip(), environment
             except OSError:
                 continue  # it ended meanwhile, or is another user's
 
@@ -132,7 +133,7 @@ def serving(
     grpc_port: int,
     *arguments: str,
     until: str = "Ctrl-C ends it",
-    timeout: float = 180,
+    timeout: float = 600,
 ) -> Iterator[Served]:
     """`nibble serve` with a configuration, once it has printed `until`; ended at the end, by force where it must be."""
     path = home.home / "nibble.yaml"

@@ -9,8 +9,8 @@ import os
 import subprocess
 import time
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import yaml
@@ -40,7 +40,7 @@ def wait_for(url: str) -> str:
     while True:
         try:
             return called(url)
-        except URLError as error:  # not yet, or 503
+        except (OSError, HTTPException) as error:  # not yet, or 503
             if time.monotonic() > end:
                 raise TimeoutError(f"{url}: {error} after {WAIT_S} s") from error
             time.sleep(0.5)

@@ -100,7 +100,7 @@ async def node() -> AsyncIterator[LookAlike]:
 
 async def ready(node: LookAlike, *names: str) -> list[Pod]:
     found = {pod.name: pod for pod in node.pods}
-    await node.until(lambda: all(found[name].ready for name in names), f"{names} ready", 30)
+    await node.until(lambda: all(found[name].ready for name in names), f"{names} ready", 120)
     return [found[name] for name in names]
 
 
@@ -162,7 +162,7 @@ async def test_new_connections_go_to_ready_pods_and_established_ones_live_on(nod
         chosen = one if (await reader.readline()).startswith(b"one") else two
         assert service.connections(chosen) == 1
         await said(chosen, "open('/scratch/unready', 'w')")
-        await node.until(lambda: not chosen.ready, "not ready", 10)
+        await node.until(lambda: not chosen.ready, "not ready", 60)
         other = two if chosen is one else one
         assert {await name_of(service.address) for _ in range(4)} == {other.name}
         writer.write(b"b\n")
@@ -185,7 +185,7 @@ async def test_a_deleted_pod_leaves_its_service_first_then_prestop_sigterm_and_t
     kept = node.folder / "claims" / "test" / "kept"
     deletion = one.delete(10)
     assert service.pods() == [two]
-    await node.until(lambda: (kept / "hook").exists(), "preStop", 10)
+    await node.until(lambda: (kept / "hook").exists(), "preStop", 60)
     assert not (kept / "terminated").exists(), "SIGTERM comes after preStop"
     await deletion
     assert (kept / "terminated").read_text() == "SIGTERM\n"
@@ -193,14 +193,14 @@ async def test_a_deleted_pod_leaves_its_service_first_then_prestop_sigterm_and_t
 
 
 async def test_where_no_pod_is_ready_one_that_is_being_deleted_and_serves_takes_connections(node: LookAlike) -> None:
-    lifecycle = {"preStop": {"sleep": {"seconds": 10}}}
+    lifecycle = {"preStop": {"sleep": {"seconds": 100}}}
     await node.apply(Manifests([SETTINGS, SERVICE, pod("one", lifecycle=lifecycle)]))
     (one,) = await ready(node, "one")
     (service,) = node.services
-    one.delete(30)
+    one.delete(120)
     assert await name_of(service.address) == "one"
     await said(one, "open('/scratch/unready', 'w')")
-    await node.until(lambda: not one.serving, "not serving", 10)
+    await node.until(lambda: not one.serving, "not serving", 60)
     assert service.pods() == []
 
 
@@ -219,7 +219,7 @@ async def test_a_container_that_ends_starts_again_in_its_pod(node: LookAlike) ->
     assert one.container is not None
     before = one.container
     before.signal(9)
-    await node.until(lambda: one.restarts == 1 and one.ready, "restarted", 30)
+    await node.until(lambda: one.restarts == 1 and one.ready, "restarted", 120)
     assert one.container is not before
     assert await said(one, "print(open('/scratch/file').read())") == "kept"
 
@@ -229,7 +229,7 @@ async def test_a_liveness_probe_that_fails_restarts_the_container(node: LookAlik
     await node.apply(Manifests([SETTINGS, pod("one", livenessProbe=liveness)]))
     (one,) = await ready(node, "one")
     await said(one, "open('/scratch/unready', 'w')")
-    await node.until(lambda: one.restarts == 1, "restarted", 30)
+    await node.until(lambda: one.restarts == 1, "restarted", 120)
 
 
 @pytest.mark.skipif(missing("nft") is not None, reason=f"policies: {missing('nft')}")

@@ -50,7 +50,9 @@ class EchoModel:
         if request.echo:
             words = words + words
         try:
-            await asyncio.sleep(self.delay_s)
+            pause = self.delay_s  # in parts, of which a machine that stands still takes one away
+            for _ in range(10 if pause else 1):
+                await asyncio.sleep(pause / 10)
             for chunk in self.answer:
                 yield chunk
             offset = 0

@@ -176,3 +176,24 @@ def test_a_model_that_can_neither_change_nor_be_restored_is_told_once(cluster: C
     assert change.failed == {"a": "its replicas fail to start: it is broken"}
     assert cluster.settings is not None
     assert cluster.settings.apps == {"a": old}, "what Serve starts again, when it can"
+
+
+def test_the_router_has_its_settings_only_when_serve_has_begun_with_them_and_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Serve tells the old status of a deployment until its controller's next turn, but the new one of an application at
+    once."""
+    told = iter([("DEPLOYING", "HEALTHY"), ("DEPLOYING", "UPDATING"), ("RUNNING", "HEALTHY"), ("never", "asked")])
+
+    def applications() -> dict[str, Any]:
+        status, router = next(told)
+        deployments = {rollout.ROUTER_NAME: SimpleNamespace(status=router)}
+        return {rollout.ROUTER_APP: SimpleNamespace(status=status, deployments=deployments)}
+
+    monkeypatch.setattr(rollout, "POLL_S", 0.0)
+    monkeypatch.setattr(rollout, "deploy", lambda targets: None)
+    monkeypatch.setattr(rollout, "router_target", lambda settings: None)
+    monkeypatch.setattr(rollout, "serve_applications", applications)
+    before = config(entry("a"))
+    rollout.deploy_router(RouterSettings(config=before, apps={}))
+    assert next(told) == ("never", "asked")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import grpc
 import pytest
 from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.serve._private import replica_result
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
@@ -155,6 +159,14 @@ async def test_a_replica_whose_engine_has_ended_is_as_good_as_dead() -> None:
         await texts(served(Handle([chunk(0), EngineError("the engine has ended")])))
 
 
+@pytest.mark.usefixtures("at_once")
+async def test_a_replica_that_dies_before_it_has_accepted_the_request() -> None:
+    """Ray's fault, seen in the source of 2.60: a replica that died is told as a plain RuntimeError."""
+    assert 'raise RuntimeError(f"Unexpected error ({code}): {details}.")' in inspect.getsource(replica_result)
+    error = RuntimeError(f"Unexpected error ({grpc.StatusCode.UNAVAILABLE}): Socket closed.")
+    assert await texts(served(Handle([error], [chunk(0, last=True)]))) == ["0 "]
+
+
 async def test_an_error_of_the_replica_itself_is_not_tried_again() -> None:
     handle = Handle([ValueError("wrong")], [chunk(0, last=True)])
     with pytest.raises(ValueError, match="wrong"):
@@ -167,6 +179,17 @@ async def test_a_replica_that_stops_in_the_middle_counts_as_frozen() -> None:
     with pytest.raises(UnavailableError, match=r"gave no token for 0\.05 s \(limits\.stall_s\)"):
         await texts(served(handle, stall_s=0.05))
     assert handle.asked[0].cancelled.is_set()
+
+
+async def test_a_router_that_stood_still_takes_no_replica_for_frozen() -> None:
+    more, loop = asyncio.Event(), asyncio.get_running_loop()
+    stream = served(Handle([chunk(0), more, chunk(1, last=True)]), stall_s=0.05).generate(REQUEST)
+    assert (await anext(stream)).text == "0 "
+    reading = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0)
+    loop.call_soon(loop.call_soon, more.set)  # as a token that takes some turns from the socket to its reader
+    time.sleep(0.2)
+    assert (await reading).text == "1 "
 
 
 async def test_before_the_first_token_nothing_stalls() -> None:
