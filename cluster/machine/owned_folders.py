@@ -44,8 +44,10 @@ def owned_folder(parent: str | Path) -> Iterator[Path]:
 def remove(folder: Path) -> None:
     """Ray's workers outlive their raylet for a moment, and what they write meanwhile would keep the folder."""
     deadline = time.monotonic() + END_S
-    while folder.exists() and time.monotonic() < deadline:
+    while True:
         shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists() or time.monotonic() > deadline:
+            return
         time.sleep(0.02)
 
 

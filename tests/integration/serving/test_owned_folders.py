@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,3 +100,18 @@ def test_a_folder_of_another_user_stays(tmp_path: Path, monkeypatch: pytest.Monk
         sweep([tmp_path])
         assert left.is_dir()
         assert all(map(runs, members))
+
+
+def test_a_folder_that_is_still_written_to_goes_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove, tries = shutil.rmtree, []
+
+    def in_vain_at_first(folder: Path, ignore_errors: bool) -> None:
+        tries.append(folder)
+        if len(tries) > 2:
+            remove(folder, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", in_vain_at_first)
+    with owned_folder(tmp_path) as folder:
+        pass
+    assert not folder.exists()
+    assert len(tries) == 3
