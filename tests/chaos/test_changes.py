@@ -21,6 +21,7 @@ from cluster.checkpoints.sources import DEMOS
 from cluster.ray_cluster import free_ports
 from tests.chaos.load import Client, Counts, Load, Protocol
 from tests.chaos.table import Table
+from tests.chaos.waiting import until
 from tests.integration.processes import NIBBLE, ROOT, Served, replicas, sandbox, serving
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(2400)]
@@ -109,10 +110,7 @@ async def test_no_request_fails_whatever_is_changed(served: Served, checkpoint: 
 
         async def second() -> None:
             await applied(served, config)
-            deadline = time.monotonic() + 180
-            while not pids["kept"] < replicas(served.sandbox, "kept"):
-                assert time.monotonic() < deadline, "no second one beside the first one, which goes on"
-                await asyncio.sleep(0.2)
+            await until(lambda: pids["kept"] < replicas(served.sandbox, "kept"), 180)  # the first one goes on
 
         change(config, "kept", replicas={"min": 2, "max": 2})
         await step("two replicas instead of one", second)
@@ -171,7 +169,7 @@ async def test_the_keys_file_is_changed_and_replaced(guarded: tuple[Served, Path
     def client(key: str) -> Client:
         return Client(served.http, served.grpc, "kept", "http", 1, key=key)
 
-    async def until(key: str, refused: bool) -> None:
+    async def seen_by_both(key: str, refused: bool) -> None:
         """Both routers see it so: several times in a row."""
         seen, deadline = 0, time.monotonic() + 60
         while seen < 8:
@@ -184,9 +182,9 @@ async def test_the_keys_file_is_changed_and_replaced(guarded: tuple[Served, Path
         await load.more(2)
         load.take()
         added = (await asyncio.to_thread(run, "keys", "add", str(keys), "added")).stdout.strip()
-        await until(added, refused=False)
+        await seen_by_both(added, refused=False)
         await asyncio.to_thread(run, "keys", "remove", str(keys), "added")
-        await until(added, refused=True)
+        await seen_by_both(added, refused=True)
         whole = keys.read_text()
         keys.write_text(whole[: len(whole) // 2])  # as an editor may write it
         await load.more(4)
@@ -207,10 +205,7 @@ async def test_a_router_that_is_killed_is_not_missed(served: Served) -> None:
     """One of two: what was in it is lost with its connections, and clients are told; all else goes on."""
     clients = [Client(served.http, served.grpc, "kept", protocol, TOKENS, 0.05) for protocol in ("http", "grpc")]  # type: ignore[arg-type]
     async with Load(clients).running() as load:
-        deadline = time.monotonic() + 180
-        while len(answering_routers(served)) < 2:  # `nibble serve` waits for one
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.2)
+        await until(lambda: len(answering_routers(served)) == 2, 180)  # `nibble serve` waits for one
         await load.more(2)
         load.take()
         os.kill(min(replicas(served.sandbox, "router")), signal.SIGKILL)

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import grpc
@@ -23,6 +23,7 @@ from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc
 from tests.chaos.load import PROMPT, Client, Load
 from tests.chaos.table import Table
+from tests.chaos.waiting import BACK_S, until
 from tests.integration.processes import ROOT, Served, replicas, sandbox, serving
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(2400)]
@@ -33,7 +34,6 @@ models:
 - {name: pair, family: llama, checkpoint: 'builtin:llama', threads: 1, replicas: {min: 2, max: 2}}
 - {name: batch, family: llama, checkpoint: 'builtin:llama', threads: 1, engine: openvino}
 """
-BACK_S = 300
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +51,6 @@ async def load_on(served: Served, model: str, clients: int, tokens: int) -> Asyn
         await load.more(2)
         load.take()
         yield load
-
-
-async def until(condition: Callable[[], bool], timeout: float = BACK_S) -> float:
-    """The seconds until it holds."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() < began + timeout
-        await asyncio.sleep(0.05)
-    return time.monotonic() - began
 
 
 def ready(served: Served) -> bool:

@@ -23,7 +23,7 @@ TIMEOUT_S = 60
 PROMPT = "Q: What is CPU? A:"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is CPU?"}]
 SAMPLED = {"max_tokens": 24, "temperature": 1.5, "seed": 11}
-# Three at once leave the fourth of a replica's places to the question for its counters; they take seconds.
+# So many sequences, which engine bigdl makes one after the other, take seconds on any machine.
 LONG = {"model": "llama", "prompt": PROMPT, "max_tokens": 480, "ignore_eos": True, "n": 16}
 
 
